@@ -1,0 +1,249 @@
+"""A Llama whose matrices exist only as factors, W = A @ B.T, and the twelve sizes of the paper's Table 5.
+
+Shapes in comments: B batch, T time, D width, H heads, V vocabulary; m out features, n in features, r rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, and with it every parameter count. rank_ratio None means dense weights."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int = 50304  # gpt2's 50,257, padded up to a multiple of 64
+    seq_len: int = 2048
+    rank_ratio: float | None = 0.25
+    factorize: str = "all"  # all: the seven matrices of a block; ffn: gate, up and down only
+
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU: 8 D / 3, up to a multiple of 256."""
+        return 256 * math.ceil(8 * self.dim / 3 / 256)
+
+
+# Table 5, under the nominal number of parameters of the dense model; and one size for a laptop, on bytes.
+SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_heads in [
+    ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12), ("220M", 896, 16, 14),
+    ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24), ("835M", 1536, 26, 24),
+    ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
+SIZES["nano"] = LlamaConfig(256, 4, 4, vocab_size=320, seq_len=256)
+ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
+SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
+
+
+########################################
+#          Low-rank weights            #
+########################################
+
+def rank_of(rank_ratio: float, in_features: int, out_features: int) -> int:
+    """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError for a ratio outside (0, 1]."""
+    if not 0 < rank_ratio <= 1:
+        raise ValueError(f"rank_ratio is {rank_ratio}, and has to be in (0, 1]")
+    return max(1, min(int(rank_ratio * in_features), in_features, out_features))
+
+
+def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (m, r), B (n, r) with A @ B.T the best rank-r approximation of W (m, n), and ||A_i|| = ||B_i|| = sqrt(S_i).
+
+    The truncated SVD of Khodak et al. 2021, from the eigenvectors of the smaller Gram matrix: several times faster
+    than LAPACK's full SVD, and as close to W in norm.
+    """
+    if W.size(0) > W.size(1):
+        B, A = spectral_factors(W.T, rank)
+        return A, B
+    U = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)  # (m, r); eigh sorts upwards
+    V = W.T @ U  # (n, r) = V_r S_r
+    root = torch.linalg.vector_norm(V, dim=0).clamp_min(torch.finfo(W.dtype).tiny).sqrt()
+    return U * root, V / root
+
+
+def uniform_weight(in_features: int, out_features: int) -> Tensor:
+    """U(-1/sqrt(n), 1/sqrt(n)) of shape (m, n), as nn.Linear; on the CPU, so that a seed means the same everywhere."""
+    return torch.empty(out_features, in_features, device="cpu").uniform_(-1, 1) / in_features**0.5
+
+
+class FactorizedLinear(nn.Module):
+    """y = x @ (A @ B.T).T + bias as (x @ B) @ A.T: A (m, r), B (n, r), and no m x n tensor, forward or backward."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Parameter(torch.empty(out_features, rank))
+        self.B = nn.Parameter(torch.empty(in_features, rank))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if not self.A.is_meta:
+            self.set_weight(uniform_weight(in_features, out_features))
+
+    @torch.no_grad()
+    def set_weight(self, W: Tensor) -> None:
+        """Spectral initialisation: the factors of the best approximation of W (m, n)."""
+        A, B = spectral_factors(W.to(self.A.device, torch.promote_types(W.dtype, torch.float32)), self.rank)
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
+        return F.linear(F.linear(x, self.B.T), self.A, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Replace every nn.Linear inside any module, in place and from its own weights; returns the pairs for Spectron.
+
+    Biases stay as they are. ValueError for a module that is itself an nn.Linear, and for weights that are tied to
+    another module's: pass the part of the model that holds neither.
+    """
+    if type(module) is nn.Linear:
+        raise ValueError("factorize_ works on the module that holds a Linear, not on the Linear: wrap it")
+    users = [id(p) for child in module.modules() for p in child.parameters(recurse=False)]
+    pairs, done = [], {}
+    for path, parent in list(module.named_modules()):
+        for name, old in list(parent.named_children()):
+            if type(old) is not nn.Linear:
+                continue
+            if users.count(id(old.weight)) > 1:
+                raise ValueError(f"the weight of {path}.{name} is tied to another module's".replace(" .", " "))
+            if old not in done:
+                new = FactorizedLinear.__new__(FactorizedLinear)
+                done[old] = new = _factorized(old, rank_ratio)
+                pairs.append((new.A, new.B))
+            setattr(parent, name, done[old])
+    return pairs
+
+
+def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
+    n, m = old.in_features, old.out_features
+    with torch.device("meta"):
+        new = FactorizedLinear(n, m, rank_of(rank_ratio, n, m), bias=old.bias is not None)
+    new.to(old.weight.dtype).to_empty(device=old.weight.device)
+    new.set_weight(old.weight)
+    new.bias = old.bias
+    return new
+
+
+########################################
+#                Llama                 #
+########################################
+
+def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half (rotate-half layout)."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency).repeat(1, 2)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle."""
+    cos, sin = rope[:, :x.size(-2)].to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, linear):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(config.dim, config.dim) for _ in range(4))
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: LlamaConfig, linear):
+        super().__init__()
+        self.gate_proj, self.up_proj = linear(config.dim, config.hidden), linear(config.dim, config.hidden)
+        self.down_proj = linear(config.hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, attention_linear, ffn_linear):
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(config.dim, eps=1e-5), Attention(config, attention_linear)
+        self.ffn_norm, self.ffn = nn.RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+def _filled(layer, *sizes, weight, **options) -> nn.Module:
+    """layer(*sizes) with weight(*sizes), drawn only where there is memory to hold it."""
+    made = nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **options)
+    if not made.weight.is_meta:
+        made.weight.data.copy_(weight(*sizes))
+    return made
+
+
+class Llama(nn.Module):
+    """The paper's decoder: RMSNorm, RoPE, multi-head attention, SwiGLU, no biases, untied embedding and head.
+
+    Inside the blocks every matrix is a FactorizedLinear (or an nn.Linear where the config says dense); embedding and
+    head are dense. torch.manual_seed before building it decides the weights, whatever the device.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        if config.dim % (2 * config.n_heads):
+            raise ValueError(f"dim {config.dim} does not divide into {config.n_heads} heads of even width")
+        self.config = config
+
+        V, D = config.vocab_size, config.dim
+
+        def factorized(n, m):
+            return FactorizedLinear(n, m, rank_of(config.rank_ratio, n, m))
+
+        def dense(n, m):
+            return _filled(nn.Linear, n, m, bias=False, weight=uniform_weight)
+
+        def normal(n, m):
+            return torch.empty(n, m, device="cpu").normal_(std=0.02)
+
+        ffn_linear = dense if config.rank_ratio is None else factorized
+        attention_linear = ffn_linear if config.factorize == "all" else dense
+        self.embedding = _filled(nn.Embedding, V, D, weight=normal)
+        self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
+        self.register_buffer("rope", rope_table(config.seq_len, D // config.n_heads), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats instead."""
+        x = self.embedding(tokens)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, self.rope)
+        logits = self.head(self.norm(x))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def factor_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(A, B) of every factorized matrix, in the order of the modules."""
+        return [(layer.A, layer.B) for layer in self.modules() if isinstance(layer, FactorizedLinear)]
+
+    def flops_per_token(self) -> int:
+        """Executed matmul FLOPs of one token, forward and backward: 6 per weight but the embedding's, and attention.
+
+        Attention is counted causally, as half of the T x T scores: 6 * n_layers * T * D.
+        """
+        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Parameters of a model, embedding and head included, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
