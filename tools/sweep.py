@@ -1,0 +1,91 @@
+"""Learning rates at nano: every corner of the ablation, and the baselines, over a grid wide enough that the best is inside.
+
+    python -m tools.sweep                      run what is missing (one run per core, one thread each), then the table
+    python -m tools.sweep --table              only the table, from the logs in results/nano
+
+A run is train.py as a user calls it. Its log goes to results/nano/<arm>-<lr>.jsonl; a run whose log is there is not made
+again, so a sweep that was stopped goes on. The best lr of a grid's edge asks for a wider grid, and the table says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cli
+from plot import read_log
+
+RESULTS, STEPS = Path("results/nano"), 300
+ARMS = {  # name -> (flags, learning rates)
+    "both": ([], [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]),
+    "orthogonalize": (["--no-renormalize"], [0.005, 0.01, 0.02, 0.04, 0.08]),
+    "renormalize": (["--no-orthogonalize"], [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]),
+    "neither": (["--no-orthogonalize", "--no-renormalize"], [1, 3, 10, 30, 100]),
+    "adamw": (["--method", "adamw"], [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]),
+    "dense": (["--method", "dense"], [0.005, 0.01, 0.02, 0.04, 0.08]),
+    "dense-adamw": (["--method", "dense-adamw"], [1e-3, 3e-3, 1e-2]),
+    "momentum-0.95": (["--momentum", "0.95"], [0.05, 0.1, 0.2]),
+    "no-nesterov": (["--no-nesterov"], [0.05, 0.1, 0.2]),
+    "rank-0.125": (["--rank_ratio", "0.125"], [0.1]),
+    "rank-0.4": (["--rank_ratio", "0.4"], [0.1]),
+}
+
+
+def run(arm: str, lr: float) -> None:
+    """One run, unless its log is there; a diverged run keeps the log it has, and its message."""
+    log, out = RESULTS / f"{arm}-{lr:g}.jsonl", Path(f"out/sweep/{arm}-{lr:g}")
+    if log.exists():
+        return
+    flags = [*ARMS[arm][0], "--lr", f"{lr:g}", "--steps", str(STEPS), "--eval_every", str(STEPS // 3), "--save_every",
+             str(STEPS), "--out", str(out), "--overwrite"]
+    done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode and "non-finite" not in done.stderr:
+        raise RuntimeError(f"train.py {' '.join(flags)}\n{done.stderr}")
+    text = (out / "log.jsonl").read_text()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(text + (json.dumps({"diverged": done.stderr.strip()}) + "\n" if done.returncode else ""))
+    print(f"{arm} lr {lr:g}: {final_loss(log) or 'diverged'}", flush=True)
+
+
+def final_loss(log: Path) -> float | None:
+    """The validation loss after the last step, or None for a run that did not get there."""
+    header, records = read_log(log)
+    last = records[-1] if records else {}
+    return last["val_loss"] if last.get("step") == header["config"]["steps"] else None
+
+
+def table() -> str:
+    """Each arm at each learning rate and at its best, as Markdown."""
+    rows = [f"Validation loss of nano after {STEPS} steps of 4,096 tokens, seed 0; `python -m tools.sweep` makes it.\n",
+            "| arm | best lr | loss at best | every lr: loss |", "|---|---|---|---|"]
+    for arm, (_, lrs) in ARMS.items():
+        logs = {lr: RESULTS / f"{arm}-{lr:g}.jsonl" for lr in lrs}
+        losses = {lr: final_loss(log) for lr, log in logs.items() if log.exists()}
+        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+        if not finite:
+            continue
+        best = min(finite, key=finite.get)
+        edge = " (edge of the grid)" if len(lrs) > 1 and best in (min(losses), max(losses)) else ""
+        every = ", ".join(f"{lr:g}: {f'{loss:.3f}' if loss is not None else 'diverged'}" for lr, loss in losses.items())
+        rows.append(f"| {arm} | {best:g}{edge} | {finite[best]:.3f} | {every} |")
+    return "\n".join(rows) + "\n"
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--table", action="store_true", help="only make the table")
+    args = parser.parse_args(argv)
+    if not args.table:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: run(*job), [(arm, lr) for arm, (_, lrs) in ARMS.items() for lr in lrs]))
+    text = table()
+    (RESULTS / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
