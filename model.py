@@ -243,6 +243,20 @@ class Llama(nn.Module):
         return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
 
 
+def block_matrices(model: Llama) -> dict[str, nn.Module]:
+    """The seven linear layers of each block, factorized or dense, under their names in the model."""
+    return {name: layer for name, layer in model.named_modules()
+            if name.startswith("blocks.") and isinstance(layer, (nn.Linear, FactorizedLinear))}
+
+
+def split_parameters(model: Llama):
+    """(factor pairs, dense matrices of the blocks, all others: embedding, head, norms), which wants three optimizers."""
+    pairs = model.factor_pairs()
+    dense = [layer.weight for layer in block_matrices(model).values() if isinstance(layer, nn.Linear)]
+    taken = {id(p) for p in [*dense, *(p for pair in pairs for p in pair)]}
+    return pairs, dense, [p for p in model.parameters() if id(p) not in taken]
+
+
 def count_parameters(config: LlamaConfig) -> int:
     """Parameters of a model, embedding and head included, without making it."""
     with torch.device("meta"):
