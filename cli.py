@@ -1,4 +1,5 @@
-"""What the commands share: a user's mistake is one message and exit code 2, and a misspelt flag names its neighbour."""
+"""What the commands share: a user's mistake is one message and exit code 2, and a misspelt flag names its
+neighbour."""
 
 import argparse
 import difflib
@@ -8,26 +9,30 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message names the thing, what was found, what was expected, what to type."""
+    """A mistake that the user can mend. The message names the thing, what was found, what was expected, what
+    to type."""
 
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown flag is refused together with the nearest known one."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawTextHelpFormatter)
 
-    def parse_args(self, argv=None):
-        args, unknown = self.parse_known_args(argv)
+    def parse_known_args(self, args=None, namespace=None):
+        args, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
-            self.error(f"unknown flag or argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        return args
+            self.error(f"unknown flag or argument {flag}"
+                       + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return args, unknown
 
 
 def command(main):
-    """A main(argv) whose UserError ends the program: its message on stderr (once, from rank 0) and exit code 2."""
+    """A main(argv) whose UserError ends the program: its message on stderr (once, from rank 0) and exit
+    code 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:

@@ -1,11 +1,13 @@
 """Token shards: what they are, how text becomes them, and which tokens a step of training sees.
 
-A shard is 256 int32 (magic, version, number of tokens, zeros) and then that many uint16 tokens: the format of llm.c and
-modded-nanogpt, so the public pre-tokenized FineWeb files work as they are. Beside the shards a meta.json says which
-tokenizer made them (none: gpt2).
+A shard is 256 int32 (magic, version, number of tokens, zeros) and then that many uint16 tokens: the format of
+llm.c and modded-nanogpt, so the public pre-tokenized FineWeb files work as they are. Beside the shards a
+meta.json says which tokenizer made them (none: gpt2).
 
-    python data.py stdlib                                            the offline corpus: Python's own source, as bytes
-    python data.py text FILE... --tokenizer gpt2 --out data/mine     your .txt, .jsonl (field "text"), or their .gz
+    python data.py stdlib
+        the offline corpus: Python's own source, as bytes
+    python data.py text FILE... --tokenizer gpt2 --out data/mine
+        your .txt, .jsonl (field "text"), or their .gz
 """
 
 import gzip
@@ -32,8 +34,8 @@ from cli import UserError
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 SHARD_TOKENS = 100_000_000
 SEPARATOR = "<|endoftext|>"  # stands before each document
-STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "distutils", "site-packages",
-                   "__pycache__"}  # absent on many installs, or near-duplicates
+STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "distutils",
+                   "site-packages", "__pycache__"}  # absent on many installs, or near-duplicates
 
 
 ########################################
@@ -41,33 +43,39 @@ STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_da
 ########################################
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """A tiktoken Encoding: "bytes" (256 bytes and end-of-text, no download) or any of tiktoken's names up to 65,536
-    tokens. UserError for an unknown name, for a larger vocabulary, and where tiktoken can't fetch its files."""
+    """A tiktoken Encoding: "bytes" (256 bytes and end-of-text, no download) or any of tiktoken's names up to
+    65,536 tokens. UserError for an unknown name, for a larger vocabulary, and where tiktoken can't fetch its
+    files."""
     if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]",
+                                 mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={SEPARATOR: 256})
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"unknown tokenizer {name!r}; there are bytes, {', '.join(tiktoken.list_encoding_names())}")
+        raise UserError(f"unknown tokenizer {name!r}; there are bytes, "
+                        f"{', '.join(tiktoken.list_encoding_names())}")
     try:
         tokenizer = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network library of the day raises
-        raise UserError(f"tokenizer {name!r} could not be loaded ({type(error).__name__}). tiktoken fetches it once, over "
-                        "the network: run this once where there is one, or set TIKTOKEN_CACHE_DIR to a directory with "
-                        "its files; --tokenizer bytes needs neither") from error
+        raise UserError(f"tokenizer {name!r} could not be loaded ({type(error).__name__}). tiktoken fetches "
+                        "it once, over the network: run this once where there is one, or set "
+                        "TIKTOKEN_CACHE_DIR to a directory with its files; --tokenizer bytes needs "
+                        "neither") from error
     if tokenizer.n_vocab > 65536:
-        raise UserError(f"tokenizer {name!r} has {tokenizer.n_vocab:,} tokens and a shard holds 16 bits, 65,536 of them: "
-                        "use gpt2 or bytes")
+        raise UserError(f"tokenizer {name!r} has {tokenizer.n_vocab:,} tokens and a shard holds 16 bits, "
+                        "65,536 of them: use gpt2 or bytes")
     return tokenizer
 
 
 def padded_vocab(tokenizer_name: str) -> int:
-    """Rows of the embedding: the tokenizer's vocabulary, up to a multiple of 64 (gpt2: no files needed to know)."""
+    """Rows of the embedding: the tokenizer's vocabulary, up to a multiple of 64 (gpt2: no files needed to
+    know)."""
     n_vocab = 50257 if tokenizer_name == "gpt2" else get_tokenizer(tokenizer_name).n_vocab
     return 64 * -(-n_vocab // 64)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Bytes of text behind each token id, (n_vocab,); 0 for end-of-text and for ids that stand for nothing."""
+    """Bytes of text behind each token id, (n_vocab,); 0 for end-of-text and for ids that stand for
+    nothing."""
     lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     for token in range(tokenizer.n_vocab):
         try:
@@ -94,7 +102,8 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def open_shard(path: Path, rebuild: str = "python -m tools.download fineweb -n 27") -> np.ndarray:
-    """The tokens of a shard, memory-mapped, uint16. UserError unless magic, version and size are what they should be."""
+    """The tokens of a shard, memory-mapped, uint16. UserError unless magic, version and size are what they
+    should be."""
     def refuse(what):
         raise UserError(f"{path}: {what}. Delete it and build it again: {rebuild}")
 
@@ -107,12 +116,15 @@ def open_shard(path: Path, rebuild: str = "python -m tools.download fineweb -n 2
     if version != VERSION:
         refuse(f"shard version {version}, expected {VERSION}")
     if count < 0 or size != HEADER_BYTES + 2 * count:
-        refuse(f"{size:,} bytes, expected {HEADER_BYTES + 2 * count:,} for the {count:,} tokens of its header")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)) if count else np.empty(0, "<u2")
+        refuse(f"{size:,} bytes, expected {HEADER_BYTES + 2 * count:,} for the {count:,} tokens "
+               "of its header")
+    return (np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)) if count
+            else np.empty(0, "<u2"))
 
 
 class Split:
-    """The windows of one split. Window i of a shard holds its tokens iT to iT + T inclusive; the tail is dropped."""
+    """The windows of one split. Window i of a shard holds its tokens iT to iT + T inclusive; the tail is
+    dropped."""
 
     def __init__(self, directory: Path, split: str, seq_len: int, vocab_size: int, rebuild: str):
         self.paths = sorted(directory.glob(f"*{split}*.bin"))
@@ -121,31 +133,35 @@ class Split:
         self.shards = [open_shard(path, rebuild) for path in self.paths]
         self.seq_len, self.vocab_size, self.rebuild = seq_len, vocab_size, rebuild
         self.tokens = sum(len(shard) for shard in self.shards)
-        self.ends = np.cumsum([max(0, len(shard) - 1) // seq_len for shard in self.shards])  # of each shard's windows
+        self.ends = np.cumsum([max(0, len(shard) - 1) // seq_len  # of each shard's windows
+                               for shard in self.shards])
         self.windows = int(self.ends[-1])
         if self.windows == 0:
-            raise UserError(f"{directory}: its {split} shards hold {self.tokens:,} tokens and no window of {seq_len} + 1; "
-                            "give it more text, or train with a smaller --seq_len")
+            raise UserError(f"{directory}: its {split} shards hold {self.tokens:,} tokens and no window of "
+                            f"{seq_len} + 1; give it more text, or train with a smaller --seq_len")
         self._order = None, None
 
     def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, (len(indices), T) int64, of these windows. UserError for a token beyond the vocabulary."""
+        """Inputs and targets, (len(indices), T) int64, of these windows. UserError for a token beyond the
+        vocabulary."""
         T, batch = self.seq_len, np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
         for row, index in zip(batch, indices):
             shard = int(np.searchsorted(self.ends, index, side="right"))
             start = (int(index) - (int(self.ends[shard - 1]) if shard else 0)) * T
             row[:] = self.shards[shard][start:start + T + 1]
             if row.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {row.max()} near position {start:,}, and the model's "
-                                f"vocabulary ends at {self.vocab_size - 1}: made with another tokenizer than meta.json "
-                                f"says? Build it again: {self.rebuild}")
+                raise UserError(f"{self.paths[shard]}: token {row.max()} near position {start:,}, and the "
+                                f"model's vocabulary ends at {self.vocab_size - 1}: made with another "
+                                f"tokenizer than meta.json says? Build it again: {self.rebuild}")
         batch = torch.from_numpy(batch)
         return batch[:, :-1], batch[:, 1:]
 
     def batch(self, step: int, windows_per_step: int, seed: int, rank: int = 0, ranks: int = 1):
-        """The rank's slice of the batch of a step (from 0), as read() gives it: a pure function of (seed, step).
+        """The rank's slice of the batch of a step (from 0), as read() gives it: a pure function of
+        (seed, step).
 
-        An epoch visits each window once, in an order from (seed, epoch); the steps of all ranks together walk along it.
+        An epoch visits each window once, in an order from (seed, epoch); the steps of all ranks together walk
+        along it.
         """
         share = windows_per_step // ranks
         first = step * windows_per_step + rank * share
@@ -159,7 +175,8 @@ class Split:
 
 
 def read_meta(directory: Path) -> dict:
-    """meta.json beside the shards; {"tokenizer": "gpt2"} where there is none, as with the public FineWeb files."""
+    """meta.json beside the shards; {"tokenizer": "gpt2"} where there is none, as with the public FineWeb
+    files."""
     path = directory / "meta.json"
     try:
         return {"tokenizer": "gpt2", **(json.loads(path.read_text()) if path.exists() else {})}
@@ -177,13 +194,16 @@ def rebuild_command(directory: Path) -> str:
 
 
 def open_data(directory, seq_len: int, vocab_size: int | None = None) -> tuple[Split, Split, str]:
-    """(train, validation, tokenizer name) of a directory of shards; vocab_size defaults to its tokenizer's."""
+    """(train, validation, tokenizer name) of a directory of shards; vocab_size defaults to its
+    tokenizer's."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"no data in {directory}: there is no such directory. Build it: {rebuild_command(directory)}")
+        raise UserError(f"no data in {directory}: there is no such directory. Build it: "
+                        f"{rebuild_command(directory)}")
     tokenizer = read_meta(directory)["tokenizer"]
     vocab_size = vocab_size or padded_vocab(tokenizer)
-    train, val = (Split(directory, s, seq_len, vocab_size, rebuild_command(directory)) for s in ("train", "val"))
+    train, val = (Split(directory, s, seq_len, vocab_size, rebuild_command(directory))
+                  for s in ("train", "val"))
     return train, val, tokenizer
 
 
@@ -192,8 +212,9 @@ def open_data(directory, seq_len: int, vocab_size: int | None = None) -> tuple[S
 ########################################
 
 def documents(path: Path, chunk: int = 4096):
-    """The documents of a .txt (cut at blank lines, about `chunk` characters each; at any line end where there is no blank
-    line for four times as long) or a .jsonl (field "text"), plain or .gz. UserError names the file and line."""
+    """The documents of a .txt (cut at blank lines, about `chunk` characters each; at any line end where there
+    is no blank line for four times as long) or a .jsonl (field "text"), plain or .gz. UserError names the
+    file and line."""
     plain = path.name.removesuffix(".gz")
     try:
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
@@ -211,8 +232,8 @@ def _records(file, path):
                 text = json.loads(line)["text"]
                 text.encode("utf-8", "strict")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f'{path}, line {number}: expected {{"text": "..."}} with a string of text, found '
-                                f"{line.strip()[:60]!r} ({type(error).__name__})") from None
+                raise UserError(f'{path}, line {number}: expected {{"text": "..."}} with a string of text, '
+                                f"found {line.strip()[:60]!r} ({type(error).__name__})") from None
             yield text
 
 
@@ -231,7 +252,8 @@ class _ShardWriter:
     """Collects the tokens of a split and writes a shard whenever one is full."""
 
     def __init__(self, directory, split):
-        self.pattern, self.shards, self.parts, self.pending, self.total = f"{directory}/{split}_%06d.bin", 0, [], 0, 0
+        self.pattern, self.shards, self.parts, self.pending, self.total = (
+            f"{directory}/{split}_%06d.bin", 0, [], 0, 0)
 
     def add(self, tokens):
         self.parts.append(tokens)
@@ -251,10 +273,12 @@ class _ShardWriter:
 
 
 def write_corpus(texts, tokenizer_name: str, out, source: str, quiet: bool = False) -> dict:
-    """Tokenize texts into the shards of a new directory `out`, in parallel and in flat memory; returns its meta.json.
+    """Tokenize texts into the shards of a new directory `out`, in parallel and in flat memory; returns its
+    meta.json.
 
-    Validation is the 2% of the documents with the lowest hashes, and always the lowest of all, so equal documents share a
-    split. Everything is written beside `out` and renamed at the end. UserError if `out` exists, or nothing is in a split.
+    Validation is the 2% of the documents with the lowest hashes, and always the lowest of all, so equal
+    documents share a split. Everything is written beside `out` and renamed at the end. UserError if `out`
+    exists, or nothing is in a split.
     """
     out = Path(out)
     if out.exists():
@@ -291,8 +315,8 @@ def _tokenize(texts, tokenizer, directory, quiet):
         if not quiet and seconds - shown > 1:
             shown = seconds
             total = sum(s.total for s in splits.values())
-            print(f"\r{documents:,} documents, {size / 1e6:,.0f} MB, {total:,} tokens, {total / seconds:,.0f} tokens/s",
-                  end="", file=sys.stderr, flush=True)
+            print(f"\r{documents:,} documents, {size / 1e6:,.0f} MB, {total:,} tokens, "
+                  f"{total / seconds:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)
     for tokens in held:
@@ -300,8 +324,8 @@ def _tokenize(texts, tokenizer, directory, quiet):
     for name, split in splits.items():
         split.close()
         if split.total < 2:
-            raise UserError(f"{documents} documents ({size:,} bytes) leave no text for the {name} split: give more text "
-                            "(a .txt is cut at blank lines into documents of about 4 kB)")
+            raise UserError(f"{documents} documents ({size:,} bytes) leave no text for the {name} split: "
+                            "give more text (a .txt is cut at blank lines into documents of about 4 kB)")
     return {"documents": documents, "bytes": size, "train_tokens": splits["train"].total,
             "val_tokens": splits["val"].total, "seconds": round(time.time() - started, 1)}
 
@@ -325,9 +349,11 @@ def _encoded(texts, tokenizer):
 
 
 def build_stdlib(out="data/stdlib", quiet=False) -> dict:
-    """The offline corpus: the source of Python's standard library, a file a document, one token a byte. About 8 MB."""
+    """The offline corpus: the source of Python's standard library, a file a document, one token a byte.
+    About 8 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in root.rglob("*.py") if not STDLIB_EXCLUDED & set(path.relative_to(root).parts))
+    files = sorted(path for path in root.rglob("*.py")
+                   if not STDLIB_EXCLUDED & set(path.relative_to(root).parts))
 
     def texts():
         for path in files:
@@ -341,12 +367,14 @@ def build_stdlib(out="data/stdlib", quiet=False) -> dict:
 @cli.command
 def main(argv=None):
     parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda **kw: cli.Parser(None))
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=lambda **kw: cli.Parser(None))
     stdlib = commands.add_parser("stdlib")
     stdlib.add_argument("--out", default="data/stdlib", help="directory to make (data/stdlib)")
     text = commands.add_parser("text")
     text.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt, .jsonl, or their .gz")
-    text.add_argument("--tokenizer", default="gpt2", help="bytes, gpt2, or another of tiktoken's names (gpt2)")
+    text.add_argument("--tokenizer", default="gpt2",
+                      help="bytes, gpt2, or another of tiktoken's names (gpt2)")
     text.add_argument("--out", required=True, help="directory to make")
     args = parser.parse_args(argv)
     if args.command == "stdlib":

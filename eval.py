@@ -23,7 +23,8 @@ def load_checkpoint(path, device="cpu") -> dict:
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint: {path} does not exist. Runs are in out/; make one with: python train.py")
+        raise UserError(f"no checkpoint: {path} does not exist. Runs are in out/; make one with: "
+                        "python train.py")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint["model"], checkpoint["config"]["model"]
@@ -33,7 +34,8 @@ def load_checkpoint(path, device="cpu") -> dict:
 
 
 def load_run(path, device="cpu"):
-    """(model, tokenizer, config) of a finished or stopped run, the model in evaluation mode. UserError if there is none."""
+    """(model, tokenizer, config) of a finished or stopped run, the model in evaluation mode. UserError if
+    there is none."""
     checkpoint = load_checkpoint(path, device)
     config = checkpoint["config"]
     with torch.device(device):
@@ -51,9 +53,10 @@ def precision(device, dtype: str):
 def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str, byte_lengths=None) -> dict:
     """Mean loss over the first eval_tokens tokens of the validation shards, and what follows from it.
 
-    The windows are shared out among the ranks, and the sums over them reduced, so that neither the batch size nor the
-    number of ranks matters. byte_lengths (n_vocab,) from data.token_bytes gives bits_per_byte; None leaves it out.
-    Returns val_loss in nats per token, perplexity, bits_per_byte, val_tokens; None where not finite or not known.
+    The windows are shared out among the ranks, and the sums over them reduced, so that neither the batch size
+    nor the number of ranks matters. byte_lengths (n_vocab,) from data.token_bytes gives bits_per_byte; None
+    leaves it out. Returns val_loss in nats per token, perplexity, bits_per_byte, val_tokens; None where not
+    finite or not known.
     """
     device = next(model.parameters()).device
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -73,7 +76,8 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
     tokens = windows * split.seq_len
     loss = nats / tokens
     known = math.isfinite(loss)
-    return {"val_loss": loss if known else None, "perplexity": math.exp(loss) if known and loss < 700 else None,
+    return {"val_loss": loss if known else None,
+            "perplexity": math.exp(loss) if known and loss < 700 else None,
             "bits_per_byte": nats / math.log(2) / size if known and size else None, "val_tokens": tokens}
 
 
@@ -82,9 +86,11 @@ def main(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("run", help="directory of a run, e.g. out/nano-spectron-00, or its ckpt.pt")
     parser.add_argument("--data", help="directory of shards (the one it was trained on)")
-    parser.add_argument("--eval_tokens", type=int, default=100_000_000, help="validation tokens at most (100,000,000)")
+    parser.add_argument("--eval_tokens", type=int, default=100_000_000,
+                        help="validation tokens at most (100,000,000)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences at once: memory only (8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, mps")
     parser.add_argument("--json", help="also write the scores to this file")
     args = parser.parse_args(argv)
     model, tokenizer, config = load_run(args.run, args.device)
@@ -92,8 +98,8 @@ def main(argv=None):
     _, val, made_with = open_data(directory, config["seq_len"], config["model"]["vocab_size"])
     if made_with != config["tokenizer"]:
         raise UserError(f"{directory} was made with tokenizer {made_with!r} and the run was trained with "
-                        f"{config['tokenizer']!r}. Make the data again: python data.py text FILE... --tokenizer "
-                        f"{config['tokenizer']} --out DIR")
+                        f"{config['tokenizer']!r}. Make the data again: python data.py text FILE... "
+                        f"--tokenizer {config['tokenizer']} --out DIR")
     scores = validate(model, val, args.eval_tokens, args.batch_size, config["dtype"], token_bytes(tokenizer))
     print("\n".join(f"{key}: {value}" for key, value in scores.items()))
     if args.json:

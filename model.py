@@ -30,9 +30,9 @@ class LlamaConfig:
 
 # Table 5, under the nominal number of parameters of the dense model; and one size for a laptop, on bytes.
 SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_heads in [
-    ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12), ("220M", 896, 16, 14),
-    ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24), ("835M", 1536, 26, 24),
-    ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
+    ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12),
+    ("220M", 896, 16, 14), ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24),
+    ("835M", 1536, 26, 24), ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
 SIZES["nano"] = LlamaConfig(256, 4, 4, vocab_size=320, seq_len=256)
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
 SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
@@ -43,17 +43,19 @@ SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
 ########################################
 
 def rank_of(rank_ratio: float, in_features: int, out_features: int) -> int:
-    """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError for a ratio outside (0, 1]."""
+    """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError for a ratio outside
+    (0, 1]."""
     if not 0 < rank_ratio <= 1:
         raise ValueError(f"rank_ratio is {rank_ratio}, and has to be in (0, 1]")
     return max(1, min(int(rank_ratio * in_features), in_features, out_features))
 
 
 def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (m, r), B (n, r) with A @ B.T the best rank-r approximation of W (m, n), and ||A_i|| = ||B_i|| = sqrt(S_i).
+    """A (m, r), B (n, r) with A @ B.T the best rank-r approximation of W (m, n), and
+    ||A_i|| = ||B_i|| = sqrt(S_i).
 
-    The truncated SVD of Khodak et al. 2021, from the eigenvectors of the smaller Gram matrix: several times faster
-    than LAPACK's full SVD, and as close to W in norm.
+    The truncated SVD of Khodak et al. 2021, from the eigenvectors of the smaller Gram matrix: several times
+    faster than LAPACK's full SVD, and as close to W in norm.
     """
     if W.size(0) > W.size(1):
         B, A = spectral_factors(W.T, rank)
@@ -65,12 +67,14 @@ def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def uniform_weight(in_features: int, out_features: int) -> Tensor:
-    """U(-1/sqrt(n), 1/sqrt(n)) of shape (m, n), as nn.Linear; on the CPU, so that a seed means the same everywhere."""
+    """U(-1/sqrt(n), 1/sqrt(n)) of shape (m, n), as nn.Linear; on the CPU, so that a seed means the same
+    everywhere."""
     return torch.empty(out_features, in_features, device="cpu").uniform_(-1, 1) / in_features**0.5
 
 
 class FactorizedLinear(nn.Module):
-    """y = x @ (A @ B.T).T + bias as (x @ B) @ A.T: A (m, r), B (n, r), and no m x n tensor, forward or backward."""
+    """y = x @ (A @ B.T).T + bias as (x @ B) @ A.T: A (m, r), B (n, r), and no m x n tensor, forward or
+    backward."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
         super().__init__()
@@ -96,27 +100,28 @@ class FactorizedLinear(nn.Module):
 
 
 def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Replace every nn.Linear inside any module, in place and from its own weights; returns the pairs for Spectron.
+    """Replace every nn.Linear inside any module, in place and from its own weights; returns the pairs for
+    Spectron.
 
-    Biases stay as they are. ValueError for a module that is itself an nn.Linear, and for weights that are tied to
-    another module's: pass the part of the model that holds neither.
+    Biases stay as they are. ValueError for a module that is itself an nn.Linear, and for weights that are
+    tied to another module's: pass the part of the model that holds neither.
     """
     if type(module) is nn.Linear:
         raise ValueError("factorize_ works on the module that holds a Linear, not on the Linear: wrap it")
+    linears = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False)
+               if type(layer) is nn.Linear]
     users = [id(p) for child in module.modules() for p in child.parameters(recurse=False)]
-    pairs, done = [], {}
-    for path, parent in list(module.named_modules()):
-        for name, old in list(parent.named_children()):
-            if type(old) is not nn.Linear:
-                continue
-            if users.count(id(old.weight)) > 1:
-                raise ValueError(f"the weight of {path}.{name} is tied to another module's".replace(" .", " "))
-            if old not in done:
-                new = FactorizedLinear.__new__(FactorizedLinear)
-                done[old] = new = _factorized(old, rank_ratio)
-                pairs.append((new.A, new.B))
-            setattr(parent, name, done[old])
-    return pairs
+    for path, layer in linears:
+        if users.count(id(layer.weight)) > 1:
+            raise ValueError(f"the weight of {path} is tied to another module's: pass a part of the model "
+                             "without it")
+    made = {}
+    for path, old in linears:  # a layer that is used twice stays one layer
+        if old not in made:
+            made[old] = _factorized(old, rank_ratio)
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, made[old])
+    return [(new.A, new.B) for new in made.values()]
 
 
 def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
@@ -134,7 +139,8 @@ def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
 ########################################
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half (rotate-half layout)."""
+    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half (rotate-half
+    layout)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency).repeat(1, 2)
     return torch.stack([angle.cos(), angle.sin()]).float()
@@ -151,7 +157,8 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, linear):
         super().__init__()
         self.n_heads = config.n_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(config.dim, config.dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            linear(config.dim, config.dim) for _ in range(4))
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, D = x.shape
@@ -174,7 +181,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig, attention_linear, ffn_linear):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(config.dim, eps=1e-5), Attention(config, attention_linear)
+        self.attention_norm, self.attention = (nn.RMSNorm(config.dim, eps=1e-5),
+                                               Attention(config, attention_linear))
         self.ffn_norm, self.ffn = nn.RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
@@ -193,8 +201,9 @@ def _filled(layer, *sizes, weight, **options) -> nn.Module:
 class Llama(nn.Module):
     """The paper's decoder: RMSNorm, RoPE, multi-head attention, SwiGLU, no biases, untied embedding and head.
 
-    Inside the blocks every matrix is a FactorizedLinear (or an nn.Linear where the config says dense); embedding and
-    head are dense. torch.manual_seed before building it decides the weights, whatever the device.
+    Inside the blocks every matrix is a FactorizedLinear (or an nn.Linear where the config says dense);
+    embedding and head are dense. torch.manual_seed before building it decides the weights, whatever the
+    device.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -217,13 +226,15 @@ class Llama(nn.Module):
         ffn_linear = dense if config.rank_ratio is None else factorized
         attention_linear = ffn_linear if config.factorize == "all" else dense
         self.embedding = _filled(nn.Embedding, V, D, weight=normal)
-        self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear)
+                                    for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
         self.register_buffer("rope", rope_table(config.seq_len, D // config.n_heads), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats instead."""
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats
+        instead."""
         x = self.embedding(tokens)  # (B, T, D)
         for block in self.blocks:
             x = block(x, self.rope)
@@ -235,7 +246,8 @@ class Llama(nn.Module):
         return [(layer.A, layer.B) for layer in self.modules() if isinstance(layer, FactorizedLinear)]
 
     def flops_per_token(self) -> int:
-        """Executed matmul FLOPs of one token, forward and backward: 6 per weight but the embedding's, and attention.
+        """Executed matmul FLOPs of one token, forward and backward: 6 per weight but the embedding's, and
+        attention.
 
         Attention is counted causally, as half of the T x T scores: 6 * n_layers * T * D.
         """
@@ -250,7 +262,8 @@ def block_matrices(model: Llama) -> dict[str, nn.Module]:
 
 
 def split_parameters(model: Llama):
-    """(factor pairs, dense matrices of the blocks, all others: embedding, head, norms), which wants three optimizers."""
+    """(factor pairs, dense matrices of the blocks, all others: embedding, head, norms), which wants three
+    optimizers."""
     pairs = model.factor_pairs()
     dense = [layer.weight for layer in block_matrices(model).values() if isinstance(layer, nn.Linear)]
     taken = {id(p) for p in [*dense, *(p for pair in pairs for p in pair)]}

@@ -17,8 +17,10 @@ from cli import UserError
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
           "dW": r"$\|\Delta W\|_2$ of a step", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito, colour-blind-safe
-DULL = {"out", "data_tokens", "given", "model", "stop_at", "micro_steps", "device", "overwrite", "resume", "dry_run"}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+           "#000000"]  # Okabe and Ito, colour-blind-safe
+DULL = {"out", "data_tokens", "given", "model", "stop_at", "micro_steps", "device", "overwrite", "resume",
+        "dry_run"}
 
 
 def read_log(run) -> tuple[dict, list[dict]]:
@@ -31,15 +33,18 @@ def read_log(run) -> tuple[dict, list[dict]]:
         records = [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
         return next(r for r in records if "config" in r), [r for r in records if "step" in r]
     except (ValueError, StopIteration, TypeError):
-        raise UserError(f"{path} is not a log of train.py: expected JSON lines, the first one with a config") from None
+        raise UserError(f"{path} is not a log of train.py: expected JSON lines, the first one "
+                        "with a config") from None
 
 
 def labels(configs: list[dict]) -> list[str]:
     """A name for each run, of the settings in which the runs differ."""
-    keys = [key for key in configs[0] if key not in DULL and len({json.dumps(c.get(key)) for c in configs}) > 1]
+    keys = [key for key in configs[0]
+            if key not in DULL and len({json.dumps(c.get(key)) for c in configs}) > 1]
     flag = {True: "{}", False: "no {}"}
-    return [", ".join(flag[value].format(key) if isinstance(value, bool) else f"{value}" if key == "method" else
-                      f"{key} {value}" for key, value in ((key, c.get(key)) for key in keys)) or c["method"]
+    return [", ".join(flag[value].format(key) if isinstance(value, bool)
+                      else f"{value}" if key == "method" else f"{key} {value}"
+                      for key, value in ((key, c.get(key)) for key in keys)) or c["method"]
             for c in configs]
 
 
@@ -62,7 +67,8 @@ def figure(runs, out, x="step", y=None) -> None:
                     ls=["-", "--", ":"][i // len(COLOURS) % 3], lw=1.6, marker="o" if few else None, ms=3.5)
     if not drawn:
         plt.close(fig)
-        raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has {', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")
+        raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has "
+                        f"{', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")
     if y in ("dW", "W", "gauge"):
         ax.set_title(logs[0][0]["config"]["spectra_of"], fontsize=11)
         if y != "W":

@@ -10,16 +10,20 @@ from eval import load_run
 
 
 @torch.no_grad()
-def generate(model, tokens: list[int], count: int, temperature=0.8, top_k=50, seed=1, vocab=None) -> list[int]:
-    """`count` tokens after `tokens` (at least one), each drawn from the top_k of its distribution at this temperature.
+def generate(model, tokens: list[int], count: int, temperature=0.8, top_k=50, seed=1,
+             vocab=None) -> list[int]:
+    """`count` tokens after `tokens` (at least one), each drawn from the top_k of its distribution at this
+    temperature.
 
-    Ids from `vocab` on (the padding of the vocabulary) are never drawn; the context is the last seq_len tokens.
+    Ids from `vocab` on (the padding of the vocabulary) are never drawn; the context is the last seq_len
+    tokens.
     """
     generator, tokens = torch.Generator().manual_seed(seed), list(tokens)
     device, start = next(model.parameters()).device, len(tokens)
     for _ in range(count):
         context = torch.tensor([tokens[-model.config.seq_len:]], device=device)
-        logits, ids = model(context)[0, -1, :vocab].float().cpu().div(max(temperature, 1e-5)).topk(min(top_k, vocab))
+        logits, ids = model(context)[0, -1, :vocab].float().cpu().div(max(temperature, 1e-5)).topk(
+            min(top_k, vocab))
         tokens.append(int(ids[torch.multinomial(logits.softmax(-1), 1, generator=generator)]))
     return tokens[start:]
 

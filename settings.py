@@ -1,4 +1,5 @@
-"""The settings of a run: its flags, the defaults that follow from size, method and hardware, what is refused, what it costs.
+"""The settings of a run: its flags, the defaults that follow from size, method and hardware, what is refused,
+what it costs.
 
 train.py owns the table of methods and passes it in.
 """
@@ -17,15 +18,17 @@ import data
 from cli import UserError
 from model import ALIASES, SIZES, FactorizedLinear, count_parameters, rank_of, split_parameters
 
-# What --size decides besides the architecture. The paper's sizes: 512 sequences of 2,048 tokens (Appendix E.3).
+# What --size decides besides the architecture. The paper's sizes: 512 sequences of 2,048 tokens
+# (Appendix E.3).
 PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
 NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=600)
-COMMON = dict(weight_decay=0.0, seed=0, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5, power_steps=1,
-              nesterov=True, shape_scale=False, muon_lr=0.02, eval_tokens=10 * 2**20, spectra_every=10, stop_at=None,
-              out=None)
+COMMON = dict(weight_decay=0.0, seed=0, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
+              power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, eval_tokens=10 * 2**20,
+              spectra_every=10, stop_at=None, out=None)
 # The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/nano/table.md
 NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.4, (False, False): 10.0}
-MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out", "stop_at"}  # at --resume
+MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
+              "stop_at"}  # at --resume
 ACTIONS = {"resume", "overwrite", "dry_run"}  # what to do with a run, not a setting of it
 
 
@@ -34,13 +37,15 @@ def parse(argv, description: str, methods: dict) -> dict:
     parser = cli.Parser(description)
 
     def add(name, help, type=None, **more):
-        parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS, **({"type": type} if type else {}), **more)
+        parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS,
+                            **({"type": type} if type else {}), **more)
 
     def toggle(name, help):
         add(name, help, action=argparse.BooleanOptionalAction)
 
     add("size", "nano, " + ", ".join(name for name in SIZES if name not in (*ALIASES, "nano")) + "; "
-        + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()) + " (nano)", choices=list(SIZES), metavar="SIZE")
+        + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()) + " (nano)",
+        choices=list(SIZES), metavar="SIZE")
     add("method", f"{', '.join(methods)} (spectron)", choices=list(methods), metavar="METHOD")
     toggle("orthogonalize", "spectron: Newton-Schulz on each factor's momentum (on)")
     toggle("renormalize", "spectron: divide lr by sigma_A + sigma_B + 1 (on)")
@@ -49,8 +54,10 @@ def parse(argv, description: str, methods: dict) -> dict:
     add("lr", "learning rate of the block matrices; for spectron the bound on ||dW||_2 of a step\n("
         + ", ".join(f"{name} {method.lr:g}, at nano {method.nano_lr:g}" for name, method in methods.items())
         + ";\nat the paper's sizes from public launches and the field's practice, untested here)", float)
-    add("adam_lr", "AdamW's learning rate for embedding, head and norms (3e-3, untested at the paper's sizes)", float)
-    add("muon_lr", "spectron with --factorize ffn: Muon's learning rate for the dense matrices (0.02, untested)", float)
+    add("adam_lr", "AdamW's learning rate for embedding, head and norms (3e-3, untested at the paper's "
+        "sizes)", float)
+    add("muon_lr", "spectron with --factorize ffn: Muon's learning rate for the dense matrices (0.02, "
+        "untested)", float)
     add("momentum", "of spectron and Muon, in [0, 1) (0.95; nano 0.9)", float)
     toggle("nesterov", "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter (on)")
     toggle("shape_scale", "multiply A's update by sqrt(max(1, m / r)), as the public code does (off)")
@@ -59,18 +66,22 @@ def parse(argv, description: str, methods: dict) -> dict:
     add("weight_decay", "decoupled, of every matrix, times that matrix's lr (0)", float)
     add("steps", "optimizer steps (from the size, and from whether W is dense)", int)
     add("stop_at", "save and end after this step, on the schedule of --steps", int)
-    add("tokens_per_step", "the batch, in tokens, over all ranks and micro-steps (1,048,576; nano 4,096)", int)
-    add("batch_size", "sequences per device and micro-step: memory, never the result (16; 1 on a CPU past nano)", int)
+    add("tokens_per_step", "the batch, in tokens, over all ranks and micro-steps (1,048,576; nano 4,096)",
+        int)
+    add("batch_size", "sequences per device and micro-step: memory, never the result (16; 1 on a CPU "
+        "past nano)", int)
     add("seq_len", "tokens per sequence (2,048; nano 256)", int)
     add("seed", "of the initial weights and the order of the data (0)", int)
-    add("device", "cuda, cpu or mps (the first that is there; mps is untested)", choices=["cuda", "cpu", "mps"])
+    add("device", "cuda, cpu or mps (the first that is there; mps is untested)",
+        choices=["cuda", "cpu", "mps"])
     add("dtype", "bfloat16 (autocast over fp32 weights) or float32 (bfloat16 where the hardware has it)",
         choices=["bfloat16", "float32"])
     toggle("compile", "torch.compile (on for CUDA from size 60M up)")
     add("out", "directory of the run (the next free out/<size>-<method>-NN)")
     add("data", "directory of token shards (data/fineweb; nano data/stdlib, built where it is missing)")
     add("eval_every", "steps between validations (a tenth of --steps)", int)
-    add("eval_tokens", "validation tokens during training (10,485,760); at the end it is up to 100,000,000", int)
+    add("eval_tokens", "validation tokens during training (10,485,760); at the end it is up to 100,000,000",
+        int)
     add("save_every", "steps between checkpoints (a tenth of --steps)", int)
     add("spectra_every", "steps between logged steps, each with the norms of one matrix (10)", int)
     add("spectra_of", "that matrix, e.g. blocks.0.ffn.down_proj (attention.o_proj of the middle block)")
@@ -81,8 +92,8 @@ def parse(argv, description: str, methods: dict) -> dict:
 
 
 def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -> SimpleNamespace:
-    """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults, which follow
-    from size, method and hardware. UserError where one makes no sense."""
+    """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults,
+    which follow from size, method and hardware. UserError where one makes no sense."""
     settings = {key: value for key, value in given.items() if key not in ACTIONS}
     device = given.get("device") or next(d for d in ("cuda", "mps", "cpu") if available(d))
     if saved:
@@ -93,9 +104,11 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
         check_method(settings, methods, method)
         c = SimpleNamespace(**{**defaults(size, method, methods[method], device), **settings})
         check_ratio(c)
-        c.eval_every, c.save_every = (given.get(key, max(1, c.steps // 10)) for key in ("eval_every", "save_every"))
+        c.eval_every, c.save_every = (given.get(key, max(1, c.steps // 10))
+                                      for key in ("eval_every", "save_every"))
         known = Path(c.data).is_dir()
-        c.tokenizer = data.read_meta(Path(c.data))["tokenizer"] if known else "bytes" if size == "nano" else "gpt2"
+        c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if known
+                       else "bytes" if size == "nano" else "gpt2")
         c.model = asdict(replace(SIZES[size], vocab_size=data.padded_vocab(c.tokenizer), seq_len=c.seq_len,
                                  rank_ratio=c.rank_ratio, factorize=c.factorize))
     check_values(settings, device)
@@ -106,8 +119,10 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
 def defaults(size: str, name: str, method, device: str) -> dict:
     """What is not given: by size, by method, and by what the hardware can do."""
     nano = size == "nano"
-    return {"size": size, "method": name, "lr": method.nano_lr if nano else method.lr, "seq_len": SIZES[size].seq_len,
-            "steps": NANO["steps"] if nano else paper_steps(size, method.dense), **COMMON, **(NANO if nano else PAPER),
+    return {"size": size, "method": name, "lr": method.nano_lr if nano else method.lr,
+            "seq_len": SIZES[size].seq_len,
+            "steps": NANO["steps"] if nano else paper_steps(size, method.dense),
+            **COMMON, **(NANO if nano else PAPER),
             "rank_ratio": None if method.dense else 0.25, "batch_size": 16 if nano or device == "cuda" else 1,
             "device": device, "dtype": "bfloat16" if native_bf16(device) else "float32",
             "compile": device == "cuda" and not nano,
@@ -115,8 +130,9 @@ def defaults(size: str, name: str, method, device: str) -> dict:
 
 
 def paper_steps(size: str, dense: bool) -> int:
-    """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense model 20 per
-    parameter of its factorized twin (at 32,000 tokens of vocabulary), so that 6 N D is equal. All six of Appendix E.3."""
+    """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense
+    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that 6 N D is equal.
+    All six of Appendix E.3."""
     nominal = ALIASES.get(size, size)
     parameters = (count_parameters(replace(SIZES[size], vocab_size=32000)) if dense
                   else float(nominal[:-1]) * {"M": 1e6, "B": 1e9}[nominal[-1]])
@@ -124,11 +140,13 @@ def paper_steps(size: str, dense: bool) -> int:
 
 
 def available(device: str) -> bool:
-    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}[device]()
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
+            "cpu": lambda: True}[device]()
 
 
 def native_bf16(device: str) -> bool:
-    """Whether this device multiplies bfloat16 matrices in hardware; torch does it everywhere, but elsewhere slowly."""
+    """Whether this device multiplies bfloat16 matrices in hardware; torch does it everywhere, but elsewhere
+    slowly."""
     if device == "cpu":
         return any(getattr(torch.cpu, probe, lambda: False)()
                    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -147,7 +165,8 @@ def check_method(settings: dict, methods: dict, name: str) -> None:
         raise UserError(f"{written} does not apply to --method {name}; it is a flag of --method "
                         + " or ".join(other for other in methods if flag in methods[other].flags))
     if "muon_lr" in settings and settings.get("factorize") != "ffn":
-        raise UserError("--muon_lr is for the dense matrices that --factorize ffn leaves: add that, or drop it")
+        raise UserError("--muon_lr is for the dense matrices that --factorize ffn leaves: add that, "
+                        "or drop it")
 
 
 def check_ratio(c) -> None:
@@ -167,7 +186,8 @@ def check_values(settings: dict, device: str) -> None:
         if not 0 <= settings.get(flag, 0) < math.inf:
             raise UserError(f"--{flag} is {settings[flag]}, and has to be a number of at least 0")
     if not 0 <= settings.get("momentum", 0) < 1:
-        raise UserError(f"--momentum is {settings['momentum']}, and has to be in [0, 1); e.g. --momentum 0.95")
+        raise UserError(f"--momentum is {settings['momentum']}, and has to be in [0, 1); "
+                        "e.g. --momentum 0.95")
     if not available(device):
         raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
                         + " or ".join(d for d in ("cuda", "mps", "cpu") if available(d)))
@@ -178,25 +198,26 @@ def check_resume(settings: dict, saved: dict) -> None:
     changed = [f"--{key} {value} (was {saved.get(key)})" for key, value in settings.items()
                if key not in MAY_CHANGE and saved.get(key) != value]
     if changed:
-        raise UserError("a resumed run keeps its settings, and these differ: " + ", ".join(changed) + ". Leave them out, "
-                        "or start another run without --resume. What may change: " + ", ".join(sorted(MAY_CHANGE)))
+        raise UserError("a resumed run keeps its settings, and these differ: " + ", ".join(changed)
+                        + ". Leave them out, or start another run without --resume. What may change: "
+                        + ", ".join(sorted(MAY_CHANGE)))
 
 
 def split_batch(c, chosen: bool, ranks: int) -> None:
-    """Sets micro_steps so that batch_size x seq_len x ranks x micro_steps = tokens_per_step; batch_size too unless the user
-    chose it. UserError with the nearest valid value where nothing does."""
+    """Sets micro_steps so that batch_size x seq_len x ranks x micro_steps = tokens_per_step; batch_size too
+    unless the user chose it. UserError with the nearest valid value where nothing does."""
     unit = c.seq_len * ranks
     if c.tokens_per_step % unit:
-        raise UserError(f"--tokens_per_step {c.tokens_per_step} is not a multiple of {unit} = --seq_len {c.seq_len} x "
-                        f"{ranks} rank(s); the nearest that is: --tokens_per_step "
+        raise UserError(f"--tokens_per_step {c.tokens_per_step} is not a multiple of {unit} = "
+                        f"--seq_len {c.seq_len} x {ranks} rank(s); the nearest that is: --tokens_per_step "
                         f"{max(1, round(c.tokens_per_step / unit)) * unit}")
     sequences = c.tokens_per_step // unit
     valid = [d for d in range(1, sequences + 1) if sequences % d == 0]
     if not chosen:
         c.batch_size = max(d for d in valid if d <= c.batch_size)
     if c.batch_size not in valid:
-        raise UserError(f"--batch_size {c.batch_size} does not divide the {sequences} sequences that a step gives each of "
-                        f"{ranks} rank(s); the nearest that does: --batch_size "
+        raise UserError(f"--batch_size {c.batch_size} does not divide the {sequences} sequences that a step "
+                        f"gives each of {ranks} rank(s); the nearest that does: --batch_size "
                         f"{min(valid, key=lambda d: abs(d - c.batch_size))}")
     c.micro_steps = sequences // c.batch_size
 
@@ -206,26 +227,34 @@ def split_batch(c, chosen: bool, ranks: int) -> None:
 ########################################
 
 def describe(c, model, train, ranks: int) -> str:
-    """What will be trained and what it needs. `model` may be on the meta device; `train` is the split, None if not here."""
+    """What will be trained and what it needs. `model` may be on the meta device; `train` is the split, None
+    if not here."""
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
     factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
     flops, dense = model.flops_per_token(), count_parameters(replace(model.config, rank_ratio=None))
     epochs = train and tokens / (train.windows * c.seq_len)
-    lines = ["settings: " + ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out")),
-             f"model: {parameters:,} parameters, {factors:,} of them in factors ({dense:,} if all were dense)",
-             f"batch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} rank(s) x {c.micro_steps} micro-step(s) "
-             f"= {c.tokens_per_step:,} tokens a step",
-             f"tokens: {c.steps:,} steps, {tokens:,} tokens, {math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M"
-             + (f", {epochs:.2f} epochs of {c.data}" if train else "") + (": text is seen again" * bool(train and epochs > 1)),
-             f"FLOPs: {flops:,} a token, {flops * tokens:.3e} in all (the paper's 6 N D: {6 * parameters * tokens:.3e})",
+    lines = ["settings: " + ", ".join(f"{key} {value}" for key, value in vars(c).items()
+                                      if key not in ("model", "out")),
+             f"model: {parameters:,} parameters, {factors:,} of them in factors "
+             f"({dense:,} if all were dense)",
+             f"batch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} rank(s) x "
+             f"{c.micro_steps} micro-step(s) = {c.tokens_per_step:,} tokens a step",
+             f"tokens: {c.steps:,} steps, {tokens:,} tokens, "
+             f"{math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M"
+             + (f", {epochs:.2f} epochs of {c.data}" if train else "")
+             + (": text is seen again" * bool(train and epochs > 1)),
+             f"FLOPs: {flops:,} a token, {flops * tokens:.3e} in all "
+             f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
              "memory per device: " + memory(c, model)]
     if not c.compile:
-        lines.append("compile: off (on by default for CUDA from size 60M up; elsewhere it costs more than it saves)")
+        lines.append("compile: off (on by default for CUDA from size 60M up; elsewhere it costs more than "
+                     "it saves)")
     if c.method == "spectron":
         best = NANO_CORNERS[c.orthogonalize, c.renormalize]
-        lines.append(f"lr: {c.lr:g}; the best measured at nano for orthogonalize {c.orthogonalize}, renormalize "
-                     f"{c.renormalize} is {best:g} (README, the four corners)")
-    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+        lines.append(f"lr: {c.lr:g}; the best measured at nano for orthogonalize {c.orthogonalize}, "
+                     f"renormalize {c.renormalize} is {best:g} (README, the four corners)")
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
+                     for line in lines)
 
 
 def memory(c, model) -> str:
@@ -234,10 +263,12 @@ def memory(c, model) -> str:
     matrices = sum(p.numel() for p in [*dense, *(p for pair in pairs for p in pair)])
     total = matrices + sum(p.numel() for p in others)
     width, D = 2 if c.dtype == "bfloat16" else 4, c.model["dim"]
-    per_token = (c.model["n_layers"] * (16 * D + width * (7 * D + 4 * model.config.hidden))  # residuals in fp32; the rest
+    per_token = (c.model["n_layers"] * (16 * D  # residuals in fp32; the rest
+                                        + width * (7 * D + 4 * model.config.hidden))
                  + width * sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
                  + (8 + width) * c.model["vocab_size"])  # logits, and in fp32 they and their softmax
     parts = {"weights": 4 * total, "gradients": 4 * total,
              "optimizer": 4 * matrices * (2 if "adamw" in c.method else 1) + 8 * (total - matrices),
              "activations, about": per_token * c.batch_size * c.seq_len}
-    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()) + f"; {sum(parts.values()) / 1e9:.1f} GB"
+    return (", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
+            + f"; {sum(parts.values()) / 1e9:.1f} GB")

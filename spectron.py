@@ -1,25 +1,24 @@
-"""Spectron: spectral renormalization with orthogonalization, for weights kept as W = A @ B.T and never otherwise.
-
-An update of both factors changes the weight by dW = dA B^T + A dB^T + dA dB^T (Eq. 2). With ||dA||, ||dB|| <= rho <= 1,
-
-    ||dW|| <= rho ||B|| + rho ||A|| + rho^2 <= rho (||A|| + ||B|| + 1) = eta    for    rho = eta / (||A|| + ||B|| + 1),
-
-in spectral norms (Eqs. 13 to 16). So each factor steps by rho along the orthogonalized momentum, and lr is the radius of
-the step that W itself takes. Janson, Oyallon, Belilovsky 2026, "Stabilizing Native Low-Rank LLM Pretraining".
+"""Spectron: spectral renormalization with orthogonalization, for weights kept as W = A @ B.T and never
+otherwise. An update of both factors changes the weight by dW = dA B^T + A dB^T + dA dB^T (Eq. 2). With
+||dA||, ||dB|| <= rho <= 1,
+    ||dW|| <= rho ||B|| + rho ||A|| + rho^2 <= rho (||A|| + ||B|| + 1) = eta
+for rho = eta / (||A|| + ||B|| + 1), in spectral norms (Eqs. 13 to 16). So each factor steps by rho along the
+orthogonalized momentum, and lr is the radius of the step that W itself takes. Janson, Oyallon, Belilovsky
+2026, "Stabilizing Native Low-Rank LLM Pretraining".
 """
 
 import torch
 from torch import Tensor
 
-NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # steepest at zero, at the price of landing near one and not on it (Algorithm 2)
+# steepest at zero, at the price of landing near one and not on it (Algorithm 2)
+NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     """The polar factor U V^T of G = U S V^T, nearly: orthogonalization by Newton-Schulz (Algorithm 2).
-
-    G (..., p, q), any float dtype, returns the same shape and dtype. After five steps a singular value above 0.01 of G's
-    Frobenius norm comes out within [0.68, 1.14], a smaller one within [0, 1.21]; finite for every finite G, zero included.
-    """
+    G (..., p, q), any float dtype, returns the same shape and dtype. After five steps a singular value above
+    0.01 of G's Frobenius norm comes out within [0.68, 1.14], a smaller one within [0, 1.21]; finite for every
+    finite G, zero included."""
     a, b, c = NS_COEFFICIENTS
     largest = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
     X = G / largest  # so that squaring tiny or huge entries neither underflows nor overflows
@@ -33,11 +32,10 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
 
 
 def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """The largest singular value of W and its left vector, from the guess u (Algorithm 3); never above the true one.
-
-    W (..., p, q), u (..., p) of any length; returns sigma (...) and a unit u (..., p). If W annihilates u, as a zero factor
-    does, sigma is 0 and u starts anew, from the same fixed vector on every rank, so that sigma recovers when W does.
-    """
+    """The largest singular value of W and its left vector, from the guess u (Algorithm 3); never above the
+    true one. W (..., p, q), u (..., p) of any length; returns sigma (...) and a unit u (..., p). If W
+    annihilates u, as a zero factor does, sigma is 0 and u starts anew, from the same fixed vector on every
+    rank, so that sigma recovers when W does."""
     tiny, p = torch.finfo(u.dtype).tiny, u.size(-1)
     chirp = torch.arange(1, p + 1, dtype=u.dtype, device=u.device).square().cos()
     for _ in range(steps):
@@ -45,12 +43,14 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tenso
         v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(tiny)
         Wv = (W @ v.unsqueeze(-1)).squeeze(-1)
         sigma = torch.linalg.vector_norm(Wv, dim=-1)  # = u^T W v for the u of the next line
-        u = torch.where(sigma.unsqueeze(-1) > 0, Wv / sigma.unsqueeze(-1), chirp / torch.linalg.vector_norm(chirp))
+        u = torch.where(sigma.unsqueeze(-1) > 0, Wv / sigma.unsqueeze(-1),
+                        chirp / torch.linalg.vector_norm(chirp))
     return sigma, u
 
 
 def spectral_norm(M: Tensor) -> Tensor:
-    """||M||_2 of M (..., p, q), exactly, from the smaller Gram matrix (waits for the GPU; only an ablation needs it)."""
+    """||M||_2 of M (..., p, q), exactly, from the smaller Gram matrix (waits for the GPU; only an ablation
+    needs it)."""
     gram = M @ M.mT if M.size(-2) < M.size(-1) else M.mT @ M
     return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
 
@@ -68,25 +68,24 @@ def batched(function, *columns: list[Tensor]) -> list:
 
 
 class Spectron(torch.optim.Optimizer):
-    """Algorithm 1 for a list of factor pairs (A (m, r), B (n, r)); all other parameters want an optimizer of their own.
+    """Algorithm 1 for a list of factor pairs (A (m, r), B (n, r)); all other parameters want an optimizer of
+    their own. lr is eta, the bound on ||dW||_2. Nesterov momentum is the default; nesterov=False is Algorithm
+    1 to the letter. shape_scale multiplies A's update by sqrt(max(1, m / r)), as the public code does,
+    outside the bound. Weight decay shrinks a factor by 1 - lr * weight_decay before its update. Newton-Schulz
+    runs in ns_dtype (None: the factor's own). The toggles: orthogonalize alone is Muon on each factor
+    (eta O), renormalize alone is rho M / ||M||_2 (the paper leaves that direction open), neither is SGD with
+    momentum (eta M). ValueError for pairs whose factors are not matrices of one rank, or for a setting out of
+    range."""
 
-    lr is eta, the bound on ||dW||_2. Nesterov momentum is the default; nesterov=False is Algorithm 1 to the letter.
-    shape_scale multiplies A's update by sqrt(max(1, m / r)), as the public code does, outside the bound. Weight decay
-    shrinks a factor by 1 - lr * weight_decay before its update. Newton-Schulz runs in ns_dtype (None: the factor's own).
-    The toggles: orthogonalize alone is Muon on each factor (eta O), renormalize alone is rho M / ||M||_2 (the paper leaves
-    that direction open), neither is SGD with momentum (eta M).
-    ValueError for pairs whose factors are not matrices of one rank, or for a setting out of range.
-    """
-
-    def __init__(self, pairs, lr, momentum=0.95, weight_decay=0.0, nesterov=True, shape_scale=False, ns_steps=5,
-                 power_steps=1, ns_dtype=None, orthogonalize=True, renormalize=True):
+    def __init__(self, pairs, lr, momentum=0.95, weight_decay=0.0, nesterov=True, shape_scale=False,
+                 ns_steps=5, power_steps=1, ns_dtype=None, orthogonalize=True, renormalize=True):
         pairs = [tuple(pair) for pair in pairs]
         for pair in pairs:
             if len(pair) != 2 or any(p.ndim != 2 for p in pair) or pair[0].size(1) != pair[1].size(1):
                 raise ValueError(f"a pair is A (m, r) and B (n, r), not {[tuple(p.shape) for p in pair]}")
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and ns_steps >= 1 and power_steps >= 1):
-            raise ValueError(f"lr {lr} and weight_decay {weight_decay} must be >= 0, momentum {momentum} in [0, 1), "
-                             f"ns_steps {ns_steps} and power_steps {power_steps} >= 1")
+            raise ValueError(f"lr {lr} and weight_decay {weight_decay} must be >= 0, momentum {momentum} "
+                             f"in [0, 1), ns_steps {ns_steps} and power_steps {power_steps} >= 1")
         super().__init__([p for pair in pairs for p in pair], dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, shape_scale=shape_scale,
             ns_steps=ns_steps, power_steps=power_steps, ns_dtype=ns_dtype, orthogonalize=orthogonalize,
@@ -108,7 +107,8 @@ class Spectron(torch.optim.Optimizer):
     def _init_state(self, index, pair):
         generator = torch.Generator().manual_seed(index)  # the same u on every rank and at every restart
         for p in pair:
-            u = torch.randn(p.size(0), generator=generator).to(p.device, torch.promote_types(p.dtype, torch.float32))
+            u = torch.randn(p.size(0), generator=generator).to(
+                p.device, torch.promote_types(p.dtype, torch.float32))
             _, u = power_iteration(p.to(u.dtype), u, steps=20)  # a cold start would say too little for sigma
             self.state[p].update(momentum_buffer=torch.zeros_like(p), u=u)
 
@@ -120,9 +120,11 @@ class Spectron(torch.optim.Optimizer):
         torch._foreach_lerp_(M, grads, 1 - beta)  # M <- beta M + (1 - beta) G
         D = torch._foreach_lerp(grads, M, beta) if group["nesterov"] else M
         if group["orthogonalize"]:
-            D = batched(lambda D: newton_schulz(D, group["ns_steps"]), [d.to(group["ns_dtype"] or d.dtype) for d in D])
+            D = batched(lambda D: newton_schulz(D, group["ns_steps"]),
+                        [d.to(group["ns_dtype"] or d.dtype) for d in D])
         elif group["renormalize"]:
-            D = [d / norm.clamp_min(torch.finfo(d.dtype).tiny) for d, norm in zip(D, batched(spectral_norm, D))]
+            D = [d / norm.clamp_min(torch.finfo(d.dtype).tiny)
+                 for d, norm in zip(D, batched(spectral_norm, D))]
 
         if group["renormalize"]:  # sigma of the factors as they are before this update
             sigmas = batched(lambda W, u: power_iteration(W.to(u.dtype), u, group["power_steps"]),

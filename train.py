@@ -1,9 +1,9 @@
 """Train a Llama, from scratch, with low-rank weights only.
 
-    python train.py                                               nano on the offline corpus: two cores, three minutes
-    torchrun --nproc_per_node=8 train.py --size S                 the paper's Factorized Transformer-S on FineWeb
-    python train.py --no-renormalize --lr 0.02                    an ablation
-    python train.py --resume --out out/nano-spectron-00           go on where a run stopped
+    python train.py                                      nano on the offline corpus: two cores, three minutes
+    torchrun --nproc_per_node=8 train.py --size S        the paper's Factorized Transformer-S on FineWeb
+    python train.py --no-renormalize --lr 0.02           an ablation
+    python train.py --resume --out out/nano-spectron-00  go on where a run stopped
 
 --size and --method decide every other value; each is printed at the start and can be set by its flag.
 """
@@ -41,7 +41,8 @@ FINAL_EVAL_TOKENS = 100_000_000
 WARMUP = 0.05  # of the steps
 CLIP = 1.0  # on the norm of all gradients together
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-                   "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
+                   "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+                   "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
 
 
 ########################################
@@ -56,14 +57,15 @@ def adamw(params, lr, c):
 
 
 def muon(params, lr, c):
-    return torch.optim.Muon(params, lr=lr, weight_decay=c.weight_decay, momentum=c.momentum, nesterov=c.nesterov,
-                            ns_steps=c.ns_steps)
+    return torch.optim.Muon(params, lr=lr, weight_decay=c.weight_decay, momentum=c.momentum,
+                            nesterov=c.nesterov, ns_steps=c.ns_steps)
 
 
 def spectron_optimizers(model, c):
     pairs, dense, others = split_parameters(model)
-    spectron = Spectron(pairs, c.lr, c.momentum, c.weight_decay, c.nesterov, c.shape_scale, c.ns_steps, c.power_steps,
-                        torch.bfloat16 if c.dtype == "bfloat16" else None, c.orthogonalize, c.renormalize)
+    spectron = Spectron(pairs, c.lr, c.momentum, c.weight_decay, c.nesterov, c.shape_scale, c.ns_steps,
+                        c.power_steps, torch.bfloat16 if c.dtype == "bfloat16" else None,
+                        c.orthogonalize, c.renormalize)
     return [spectron, *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
 
 
@@ -110,7 +112,8 @@ def assert_assigned(model, optimizers) -> None:
 ########################################
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of lr at a step (from 0): linear warm-up over 5%, then cosine towards zero; never zero itself."""
+    """The fraction of lr at a step (from 0): linear warm-up over 5%, then cosine towards zero; never zero
+    itself."""
     warmup = math.ceil(WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -118,7 +121,8 @@ def schedule(step: int, steps: int) -> float:
 
 
 def backward(network, train, c, step: int, device, rank: int, ranks: int) -> torch.Tensor:
-    """Leaves the gradients of the mean loss over the batch of a step (from 0), all-reduced; this rank's mean loss."""
+    """Leaves the gradients of the mean loss over the batch of a step (from 0), all-reduced; this rank's mean
+    loss."""
     x, y = train.batch(step, c.tokens_per_step // c.seq_len, c.seed, rank, ranks)
     total = torch.zeros((), device=device)
     for micro, (x_micro, y_micro) in enumerate(zip(x.split(c.batch_size), y.split(c.batch_size))):
@@ -132,15 +136,18 @@ def backward(network, train, c, step: int, device, rank: int, ranks: int) -> tor
 
 
 def clip_gradients(model, step: int, lr: float) -> None:
-    """Clip the norm of all gradients to CLIP. UserError, before any weight is touched, where it is not finite."""
+    """Clip the norm of all gradients to CLIP. UserError, before any weight is touched, where it is not
+    finite."""
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing, f"no gradient for {missing}"
     try:
         nn.utils.clip_grad_norm_(model.parameters(), CLIP, error_if_nonfinite=True)
     except RuntimeError:
-        name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "none, only their norm")
-        raise UserError(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: {name}. No "
-                        "weight was touched, and the last checkpoint is whole. Start again with a lower --lr") from None
+        name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()),
+                    "none, only their norm")
+        raise UserError(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
+                        f"{name}. No weight was touched, and the last checkpoint is whole. Start again with "
+                        "a lower --lr") from None
 
 
 def update(optimizers, fraction: float) -> None:
@@ -152,7 +159,8 @@ def update(optimizers, fraction: float) -> None:
 
 
 def sum_over_ranks(*values) -> list[float]:
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=values[0].device) for value in values])
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=values[0].device)
+                          for value in values])
     if dist.is_initialized():
         dist.all_reduce(values)
     return values.tolist()
@@ -177,24 +185,28 @@ class Spectra:
     """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw."""
 
     def __init__(self, model, name: str, optimizers):
-        self.weights = list(block_matrices(model)[name].parameters())  # [A, B] or [W], changed in place by a step
+        # [A, B] or [W], changed in place by a step
+        self.weights = list(block_matrices(model)[name].parameters())
         self.state, self.group = next((o.state, group) for o in optimizers for group in o.param_groups
                                       if any(p is self.weights[0] for p in group["params"]))
 
     def _float64(self, weights):
-        return [p.detach().to("cpu" if p.device.type == "mps" else p.device, torch.float64, copy=True) for p in weights]
+        return [p.detach().to("cpu" if p.device.type == "mps" else p.device, torch.float64, copy=True)
+                for p in weights]
 
     def before(self) -> None:
         self.old = self._float64(self.weights)
 
     def after(self) -> dict:
-        """dW, W, sigma_A, sigma_B, rho, gauge of the step since before(). sigma and rho as the optimizer used them; where it
-        has none, the exact sigma of before, and no rho. gauge is ||dW||_2 over the lr of that step."""
+        """dW, W, sigma_A, sigma_B, rho, gauge of the step since before(). sigma and rho as the optimizer used
+        them; where it has none, the exact sigma of before, and no rho. gauge is ||dW||_2 over the lr of that
+        step."""
         if len(self.weights) == 1:
             W, W0 = *self._float64(self.weights), *self.old
             norms = {"dW": spectral_norm(W - W0), "W": spectral_norm(W)}
         else:
-            (A, B), (A0, B0), states = self._float64(self.weights), self.old, [self.state[p] for p in self.weights]
+            (A, B), (A0, B0), states = (self._float64(self.weights), self.old,
+                                        [self.state[p] for p in self.weights])
             sigma_A, sigma_B = (state.get("sigma", spectral_norm(p)) for state, p in zip(states, self.old))
             dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
             norms = {"dW": dW, "W": product_norm(A, B), "sigma_A": sigma_A, "sigma_B": sigma_B,
@@ -219,7 +231,8 @@ def new_directory(c, overwrite: bool) -> Path:
             number += 1
     path = Path(c.out)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; or name another")
+        raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; "
+                        "or name another")
     path.mkdir(parents=True, exist_ok=True)
     for name in "log.jsonl", "ckpt.pt", "loss.png":
         (path / name).unlink(missing_ok=True)
@@ -228,10 +241,12 @@ def new_directory(c, overwrite: bool) -> Path:
 
 def provenance(argv, c, ranks: int) -> dict:
     """The first record of a log: how to make it again, and where it was made."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True) if Path(__file__).with_name(".git").exists() else None
+    git = (subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                          cwd=Path(__file__).parent, capture_output=True, text=True)
+           if Path(__file__).with_name(".git").exists() else None)
     cpuinfo = Path("/proc/cpuinfo")
-    names = [row.split(":")[1].strip() for row in cpuinfo.open() if row.startswith("model name")] if cpuinfo.exists() else []
+    names = ([row.split(":")[1].strip() for row in cpuinfo.open() if row.startswith("model name")]
+             if cpuinfo.exists() else [])
     return {"argv": argv, "config": vars(c), "git": git.stdout.strip() if git else None, "ranks": ranks,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
@@ -240,7 +255,8 @@ def provenance(argv, c, ranks: int) -> dict:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after a step, and a line that a kill left torn: the resumed run writes them again."""
+    """Drop what was logged after a step, and a line that a kill left torn: the resumed run writes them
+    again."""
     kept = []
     for row in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -254,11 +270,12 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def save(path: Path, model, optimizers, c, step: int, seconds: float) -> None:
-    """The whole state of a run, in a file that is replaced at once: a kill at any moment leaves the old one or the new."""
+    """The whole state of a run, in a file that is replaced at once: a kill at any moment leaves the old one
+    or the new."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
-        torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                    "seconds": seconds, "config": vars(c)}, file)
+        torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step, "seconds": seconds, "config": vars(c)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -266,10 +283,12 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float) -> None:
 
 def line(record: dict, c, speed: float, mfu: float | None) -> str:
     """One logged step, in fixed width."""
-    val, gauge = ("      -" if record[key] is None else f"{record[key]:7.4f}" for key in ("val_loss", "gauge"))
+    val, gauge = ("      -" if record[key] is None else f"{record[key]:7.4f}"
+                  for key in ("val_loss", "gauge"))
     left = round((c.steps - record["step"]) * c.tokens_per_step / speed)
-    return (f"step {record['step']:>6}/{c.steps}  loss {record['loss']:7.4f}  val {val}  lr {record['lr']:.2e}  "
-            f"gauge {gauge}  {speed:>9,.0f} tok/s  MFU {f'{mfu:.1%}' if mfu else 'n/a':>5}  "
+    return (f"step {record['step']:>6}/{c.steps}  loss {record['loss']:7.4f}  val {val}  "
+            f"lr {record['lr']:.2e}  gauge {gauge}  {speed:>9,.0f} tok/s  "
+            f"MFU {f'{mfu:.1%}' if mfu else 'n/a':>5}  "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
 
@@ -282,8 +301,8 @@ def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: di
     elif tokenizer:
         drawn = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
         print(f"sample:\n{tokenizer.decode(drawn)}\n---")
-    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl", "checkpoint": out / "ckpt.pt",
-               "figure": out / "loss.png"}
+    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl",
+               "checkpoint": out / "ckpt.pt", "figure": out / "loss.png"}
     print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
                     for key, value in results.items()), flush=True)
 
@@ -306,24 +325,27 @@ def main(argv=None):
     c = settings.resolve(given, METHODS, ranks, checkpoint and checkpoint["config"])
     stop = min(c.steps, c.stop_at or c.steps)
     if checkpoint and checkpoint["step"] >= stop:
-        raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left to do up to "
-                        f"step {stop}. Its scores: python eval.py {given['out']}")
+        raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
+                        f"to do up to step {stop}. Its scores: python eval.py {given['out']}")
     with torch.device("meta"):
         blank = Llama(LlamaConfig(**c.model))
     if c.spectra_of not in block_matrices(blank):
-        raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are {', '.join(block_matrices(blank))}")
+        raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are "
+                        f"{', '.join(block_matrices(blank))}")
     if given.get("dry_run"):
         train = data.open_data(c.data, c.seq_len, c.model["vocab_size"])[0] if Path(c.data).is_dir() else None
         return print(settings.describe(c, blank, train, ranks))
 
-    device = torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda" else torch.device(c.device)
+    device = (torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda"
+              else torch.device(c.device))
     if c.device == "cuda":
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
     try:
         corpus = open_corpus(c, rank)
-        out = Path(c.out) if checkpoint else new_directory(c, given.get("overwrite", False)) if rank == 0 else None
+        out = (Path(c.out) if checkpoint
+               else new_directory(c, given.get("overwrite", False)) if rank == 0 else None)
         run(argv, c, corpus, checkpoint, out, stop, device, rank, ranks)
     finally:
         if ranks > 1:
@@ -339,11 +361,13 @@ def open_corpus(c, rank: int):
         dist.barrier()
     train, val, tokenizer = data.open_data(c.data, c.seq_len, c.model["vocab_size"])
     if tokenizer != c.tokenizer:
-        raise UserError(f"{c.data} was made with tokenizer {tokenizer!r}, and this run was trained with {c.tokenizer!r}. Make "
-                        f"it again: python data.py text FILE... --tokenizer {c.tokenizer} --out {c.data}")
+        raise UserError(f"{c.data} was made with tokenizer {tokenizer!r}, and this run was trained with "
+                        f"{c.tokenizer!r}. Make it again: python data.py text FILE... "
+                        f"--tokenizer {c.tokenizer} --out {c.data}")
     found = {"train": train.tokens, "val": val.tokens}
     if vars(c).setdefault("data_tokens", found) != found:
-        raise UserError(f"{c.data} holds {found} tokens, and this run was trained on {c.data_tokens}: put those shards back")
+        raise UserError(f"{c.data} holds {found} tokens, and this run was trained on {c.data_tokens}: "
+                        "put those shards back")
     try:
         return train, val, data.get_tokenizer(c.tokenizer)
     except UserError as error:  # training needs none: a machine without a network can go on
@@ -353,7 +377,8 @@ def open_corpus(c, rank: int):
 
 
 def catch_signals() -> list:
-    """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step; a second one kills."""
+    """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step; a second
+    one kills."""
     caught = []
 
     def handle(number, frame):
@@ -384,7 +409,8 @@ def run(argv, c, corpus, checkpoint, out, stop: int, device, rank: int, ranks: i
     if ranks > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     spectra, flops, byte_lengths = Spectra(model, c.spectra_of, optimizers), model.flops_per_token(), None
-    peak = next((x for key, x in PEAK_BF16_FLOPS.items() if c.device == "cuda" and key in torch.cuda.get_device_name()), None)
+    peak = next((x for key, x in PEAK_BF16_FLOPS.items()
+                 if c.device == "cuda" and key in torch.cuda.get_device_name()), None)
 
     if rank == 0:
         c.out = str(out)
@@ -392,7 +418,8 @@ def run(argv, c, corpus, checkpoint, out, stop: int, device, rank: int, ranks: i
         log = open(out / "log.jsonl", "a")
         print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
         print(settings.describe(c, model, train, ranks), flush=True)
-    stopping, marker = catch_signals(), (step, seconds)  # the speed of the next logged step is counted from the marker
+    # the speed of the next logged step is counted from the marker
+    stopping, marker = catch_signals(), (step, seconds)
     while step < stop:
         started, fraction = time.perf_counter(), schedule(step, c.steps)
         loss = backward(network, train, c, step, device, rank, ranks)
@@ -415,8 +442,9 @@ def run(argv, c, corpus, checkpoint, out, stop: int, device, rank: int, ranks: i
         if logged:
             speed = (step - marker[0]) * c.tokens_per_step / (seconds - marker[1])
             marker = step, seconds
-            record = {"step": step, "tokens": step * c.tokens_per_step, "flops": flops * step * c.tokens_per_step,
-                      "seconds": round(seconds, 3), "loss": finite(loss / ranks), "val_loss": scores.get("val_loss"),
+            record = {"step": step, "tokens": step * c.tokens_per_step,
+                      "flops": flops * step * c.tokens_per_step, "seconds": round(seconds, 3),
+                      "loss": finite(loss / ranks), "val_loss": scores.get("val_loss"),
                       "lr": fraction * c.lr, **spectra.after()}
             print(json.dumps(record), file=log, flush=True)
             print(line(record, c, speed, peak and flops * speed / peak / ranks), flush=True)

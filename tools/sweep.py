@@ -1,10 +1,12 @@
-"""Learning rates at nano: every corner of the ablation, and the baselines, over a grid wide enough that the best is inside.
+"""Learning rates at nano: every corner of the ablation, and the baselines, over a grid wide enough that the
+best is inside.
 
-    python -m tools.sweep                      run what is missing (one run per core, one thread each), then the table
-    python -m tools.sweep --table              only the table, from the logs in results/nano
+    python -m tools.sweep             run what is missing (one run per core, one thread each), then the table
+    python -m tools.sweep --table     only the table, from the logs in results/nano
 
-A run is train.py as a user calls it. Its log goes to results/nano/<arm>-<lr>.jsonl; a run whose log is there is not made
-again, so a sweep that was stopped goes on. The best lr of a grid's edge asks for a wider grid, and the table says so.
+A run is train.py as a user calls it. Its log goes to results/nano/<arm>-<lr>.jsonl; a run whose log is there
+is not made again, so a sweep that was stopped goes on. The best lr of a grid's edge asks for a wider grid,
+and the table says so.
 """
 
 import json
@@ -38,8 +40,8 @@ def run(arm: str, lr: float) -> None:
     log, out = RESULTS / f"{arm}-{lr:g}.jsonl", Path(f"out/sweep/{arm}-{lr:g}")
     if log.exists():
         return
-    flags = [*ARMS[arm][0], "--lr", f"{lr:g}", "--steps", str(STEPS), "--eval_every", str(STEPS // 3), "--save_every",
-             str(STEPS), "--out", str(out), "--overwrite"]
+    flags = [*ARMS[arm][0], "--lr", f"{lr:g}", "--steps", str(STEPS), "--eval_every", str(STEPS // 3),
+             "--save_every", str(STEPS), "--out", str(out), "--overwrite"]
     done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode and "non-finite" not in done.stderr:
@@ -59,7 +61,8 @@ def final_loss(log: Path) -> float | None:
 
 def table() -> str:
     """Each arm at each learning rate and at its best, as Markdown."""
-    rows = [f"Validation loss of nano after {STEPS} steps of 4,096 tokens, seed 0; `python -m tools.sweep` makes it.\n",
+    rows = [f"Validation loss of nano after {STEPS} steps of 4,096 tokens, seed 0; "
+            "`python -m tools.sweep` makes it.\n",
             "| arm | best lr | loss at best | every lr: loss |", "|---|---|---|---|"]
     for arm, (_, lrs) in ARMS.items():
         logs = {lr: RESULTS / f"{arm}-{lr:g}.jsonl" for lr in lrs}
@@ -69,7 +72,8 @@ def table() -> str:
             continue
         best = min(finite, key=finite.get)
         edge = " (edge of the grid)" if len(lrs) > 1 and best in (min(losses), max(losses)) else ""
-        every = ", ".join(f"{lr:g}: {f'{loss:.3f}' if loss is not None else 'diverged'}" for lr, loss in losses.items())
+        every = ", ".join(f"{lr:g}: {f'{loss:.3f}' if loss is not None else 'diverged'}"
+                          for lr, loss in losses.items())
         rows.append(f"| {arm} | {best:g}{edge} | {finite[best]:.3f} | {every} |")
     return "\n".join(rows) + "\n"
 

@@ -1,0 +1,60 @@
+"""What the tests share: the offline corpus, small runs of train.py in this process, and a float64 reference of the paper."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
+
+import data  # noqa: E402  (after the path)
+import train  # noqa: E402
+
+TINY = ["--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000", "--dtype", "float32", "--device", "cpu",
+        "--spectra_every", "1"]
+# Adam divides a rare token's tiny gradient by its own size, which turns rounding into steps of adam_lr: small ones here.
+SMALL_STEPS = ["--lr", "0.02", "--adam_lr", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The offline corpus, with a validation split short enough for tests."""
+    directory = tmp_path_factory.mktemp("data") / "stdlib"
+    data.build_stdlib(directory, quiet=True)
+    val = data.open_shard(directory / "val_000000.bin")[:1200].copy()
+    data.write_shard(directory / "val_000000.bin", val)
+    return directory
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """run(*flags) trains a tiny nano in this process and returns the directory of the run."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, out="run"):
+        train.main([*TINY, "--data", str(corpus), "--out", str(tmp_path / out), *map(str, flags)])
+        return tmp_path / out
+    return call
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, argv, *fragments): exit code 2, one message on stderr that has every fragment, no traceback."""
+    def call(main, argv, *fragments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in argv])
+        message = capsys.readouterr().err
+        assert caught.value.code == 2, message
+        assert "Traceback" not in message
+        for fragment in fragments:
+            assert str(fragment) in message, f"{fragment!r} is not in: {message}"
+    return call

@@ -1,0 +1,363 @@
+"""train.py end to end: what a run leaves behind, equal results however it is run, and every misuse with its message."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import plot
+import settings
+import train
+from conftest import ROOT, SMALL_STEPS, TINY
+from model import Llama, LlamaConfig
+
+KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "sigma_A", "sigma_B", "rho", "gauge"}
+
+
+def records(run):
+    return plot.read_log(run)[1]
+
+
+def weights(run):
+    return torch.load(run / "ckpt.pt", weights_only=True)["model"]
+
+
+def largest_difference(one, two):
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+########################################
+#            What a run does           #
+########################################
+
+def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
+    out = run("--steps", 30, "--eval_every", 10, "--spectra_every", 5)
+    header, rows = plot.read_log(out)
+    assert header["argv"][-4:] == ["--eval_every", "10", "--spectra_every", "5"] and header["versions"]["torch"]
+    assert header["config"]["lr"] == train.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
+    assert [row["step"] for row in rows] == [1, 5, 10, 15, 20, 25, 30] and all(set(row) == KEYS for row in rows)
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == [10, 20, 30]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1 and rows[-1]["tokens"] == 30 * 256
+    assert rows[-1]["flops"] == rows[-1]["tokens"] * Llama(LlamaConfig(**header["config"]["model"])).flops_per_token()
+    printed = capsys.readouterr().out
+    end = dict(row.split(": ", 1) for row in printed.split("---\n")[-1].strip().splitlines())
+    assert float(end["val_loss"]) == pytest.approx(rows[-1]["val_loss"], abs=1e-4)
+    assert float(end["perplexity"]) == pytest.approx(math.exp(rows[-1]["val_loss"]), rel=1e-3)
+    assert all((out / name).stat().st_size > 0 for name in ("log.jsonl", "ckpt.pt", "loss.png"))
+    assert end["log"] == str(out / "log.jsonl") and "sample:" in printed
+    assert "8 sequences x 32 tokens x 1 rank(s) x 1 micro-step(s) = 256 tokens a step" in printed
+
+
+@pytest.mark.parametrize("flags", [
+    ["--no-orthogonalize"], ["--no-renormalize"], ["--no-orthogonalize", "--no-renormalize"], ["--no-nesterov"],
+    ["--shape_scale"], ["--rank_ratio", 1.0], ["--factorize", "ffn"], ["--factorize", "ffn", "--muon_lr", 0.01],
+    ["--weight_decay", 0.1], ["--ns_steps", 3, "--power_steps", 2], ["--method", "adamw"], ["--method", "dense"],
+    ["--method", "dense-adamw"], ["--method", "adamw", "--factorize", "ffn"], ["--dtype", "bfloat16"],
+    ["--spectra_of", "blocks.0.ffn.down_proj"]])
+def test_every_method_and_ablation_trains_and_logs_finite_norms(run, flags):
+    rows = records(run("--steps", 3, *flags))
+    known = {"dW", "W", "gauge"}
+    if "dense" not in str(flags) and "ffn" not in flags:
+        known |= {"sigma_A", "sigma_B"}
+    if known >= {"sigma_A"} and "adamw" not in flags:
+        known |= {"rho"}
+    for row in rows:
+        assert {key for key in ("dW", "W", "gauge", "sigma_A", "sigma_B", "rho") if row[key] is not None} == known
+        assert row["dW"] > 0 and row["lr"] > 0
+    assert rows[-1]["loss"] < 6.0
+
+
+def test_the_logged_norms_are_those_of_the_products(run):
+    """From the weights before and after the last step, formed in full."""
+    out = run("--steps", 6, "--stop_at", 5, "--spectra_of", "blocks.0.ffn.up_proj", "--weight_decay", 0.1)
+    before = weights(out)
+    train.main(["--resume", "--out", str(out)])
+    after, row = weights(out), records(out)[-1]
+    (A0, B0), (A, B) = ([w[f"blocks.0.ffn.up_proj.{x}"].double() for x in "AB"] for w in (before, after))
+    exact = {"dW": A @ B.T - A0 @ B0.T, "W": A @ B.T, "sigma_A": A0, "sigma_B": B0}
+    for key, matrix in exact.items():
+        norm = torch.linalg.matrix_norm(matrix, ord=2).item()
+        assert row[key] == pytest.approx(norm, rel=0.05 if "sigma" in key else 1e-6)
+        assert row[key] <= norm * (1 + 1e-6)  # a power iteration comes from below
+    assert row["gauge"] == pytest.approx(row["dW"] / row["lr"])
+    assert row["rho"] == pytest.approx(row["lr"] / (row["sigma_A"] + row["sigma_B"] + 1))
+
+
+def test_the_schedule_warms_up_over_5_percent_falls_as_a_cosine_and_never_is_zero():
+    for steps in (1, 2, 19, 100, 600):
+        fractions = [train.schedule(step, steps) for step in range(steps)]
+        warmup = math.ceil(0.05 * steps)
+        assert min(fractions) > 0 and max(fractions) == fractions[warmup - 1] == 1.0
+        assert fractions[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
+        assert all(a >= b for a, b in zip(fractions[warmup - 1:], fractions[warmup:]))
+    assert train.schedule(5 + 95 // 2, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
+
+
+def test_every_parameter_has_one_optimizer():
+    model = Llama(LlamaConfig(16, 1, 2, vocab_size=20, seq_len=8))
+    pairs, dense, others = train.split_parameters(model)
+    good = [train.Spectron(pairs, 0.1), torch.optim.AdamW(others)]
+    train.assert_assigned(model, good)
+    for bad in (good[:1], good + [torch.optim.AdamW(others[:1])]):
+        with pytest.raises(AssertionError, match="one optimizer"):
+            train.assert_assigned(model, bad)
+
+
+def test_gradients_are_clipped_to_norm_one_before_the_step(run, monkeypatch):
+    norms = []
+    clip = train.clip_gradients
+
+    def spy(model, *args):
+        clip(model, *args)
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+    monkeypatch.setattr(train, "clip_gradients", spy)
+    run("--steps", 3)
+    assert len(norms) == 3 and max(norms) <= 1.0001 and min(norms) > 0.2
+
+
+########################################
+#        Equal, however it is run      #
+########################################
+
+def test_accumulation_over_1_2_and_4_micro_steps_is_alike(run):
+    runs = [run("--steps", 8, "--batch_size", size, *SMALL_STEPS, out=f"batch-{size}") for size in (8, 4, 2)]
+    for other in runs[1:]:
+        assert largest_difference(weights(runs[0]), weights(other)) < 1e-5
+        for a, b in zip(records(runs[0]), records(other)):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_stop_and_resume_is_bit_for_bit_the_run_that_was_not_stopped(run):
+    whole = run("--steps", 20, "--eval_every", 5, out="whole")
+    out = run("--steps", 20, "--eval_every", 5, "--stop_at", 10, out="parts")
+    train.main(["--resume", "--out", str(out)])
+    assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
+    for a, b in zip(records(whole), records(out), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_a_resume_from_a_torn_log_writes_each_step_once(run):
+    whole = run("--steps", 12, *SMALL_STEPS, out="whole")
+    out = run("--steps", 12, "--stop_at", 6, *SMALL_STEPS, out="parts")
+    with open(out / "log.jsonl", "a") as log:  # as a kill between two checkpoints leaves it
+        log.write(json.dumps({**records(whole)[6], "loss": 99.0}) + '\n{"step": 8, "lo')
+    train.main(["--resume", "--out", str(out), "--batch_size", "2", "--spectra_every", "1"])
+    assert [row["step"] for row in records(out)] == list(range(1, 13)) and max(r["loss"] for r in records(out)) < 9
+    assert largest_difference(weights(whole), weights(out)) < 1e-5
+
+
+def torchrun(corpus, out, ranks, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
+    return subprocess.run([*command, *TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
+    """20 steps of 2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step."""
+    flags = ["--steps", 20, "--eval_every", 10, *SMALL_STEPS]
+    one = run(*flags, out="one")
+    done = torchrun(corpus, tmp_path / "two", 2, *flags, "--batch_size", 2)
+    assert done.returncode == 0, done.stderr
+    assert "2 sequences x 32 tokens x 2 rank(s) x 2 micro-step(s) = 256 tokens a step" in done.stdout
+    assert largest_difference(weights(one), weights(tmp_path / "two")) < 1e-5
+    for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        if a["val_loss"]:
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+def test_ranks_stay_bit_identical(corpus, tmp_path):
+    code = f"""
+import os, sys, torch, train
+saved = train.report
+kept = []
+assigned = train.assert_assigned
+train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
+train.main({[*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "6", "--batch_size", "2"]!r})
+torch.save(kept[0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"] + ".pt")
+"""
+    (tmp_path / "both.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(tmp_path / "both.py")], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+
+
+def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(run, corpus):
+    out = run("--steps", 3, "--eval_every", 3)
+    model, tokenizer, config = evaluation.load_run(out)
+    training, val, _ = data.open_data(corpus, 32)
+    lengths = data.token_bytes(tokenizer)
+    scores = [evaluation.validate(model, val, 10**9, size, "float32", lengths) for size in (1, 7, 64)]
+    x, y = val.read(range(val.windows))
+    with torch.no_grad():
+        exact = torch.nn.functional.cross_entropy(model(x).double().flatten(0, 1), y.flatten(), reduction="none")
+    text = sum(1 for token in y.flatten().tolist() if token != tokenizer.eot_token)
+    for score in scores:
+        assert score["val_loss"] == pytest.approx(exact.mean().item(), abs=1e-6)
+        assert score["bits_per_byte"] == pytest.approx(exact.sum().item() / math.log(2) / text, rel=1e-6)
+        assert score["perplexity"] == pytest.approx(math.exp(score["val_loss"])) and score["val_tokens"] == y.numel()
+    assert scores[0]["val_loss"] == pytest.approx(records(out)[-1]["val_loss"], abs=1e-6)
+    first = evaluation.validate(model, val, 64, 8, "float32")
+    assert first["val_tokens"] == 64 and first["bits_per_byte"] is None
+    assert first["val_loss"] == pytest.approx(exact[:64].mean().item(), abs=1e-6)
+
+
+########################################
+#          Kills and divergence        #
+########################################
+
+def test_a_signal_saves_and_ends_and_a_kill_leaves_the_last_checkpoint(corpus, tmp_path, run):
+    whole = run("--steps", 60, out="whole")
+    out = tmp_path / "killed"
+    for kill, more in ((signal.SIGTERM, ["--steps", "60", "--save_every", "1000"]), (signal.SIGKILL, ["--resume"])):
+        flags = more if "--resume" in more else [*TINY, "--data", str(corpus), *more]
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags],
+                                   stdout=subprocess.PIPE, text=True)
+        for row in process.stdout:
+            if row.startswith("step ") and int(row.split()[1].split("/")[0]) >= (10 if kill == signal.SIGTERM else 0):
+                break
+        process.send_signal(kill)
+        rest = process.communicate(timeout=120)[0]
+        if kill == signal.SIGTERM:
+            assert process.returncode == 0 and f"Go on: python train.py --resume --out {out}" in rest
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] >= 10
+    train.main(["--resume", "--out", str(out)])
+    assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
+
+
+def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(run, fails, tmp_path, monkeypatch):
+    out = run("--steps", 10, "--stop_at", 4)
+    before = (out / "ckpt.pt").read_bytes()
+    models, backward = [], train.backward
+
+    def poisoned(network, *args):
+        loss = backward(network, *args)
+        models.append(({n: p.detach().clone() for n, p in network.named_parameters()}, network))
+        if len(models) == 3:
+            dict(network.named_parameters())["blocks.2.ffn.up_proj.B"].grad[0, 0] = math.nan
+            dict(network.named_parameters())["blocks.3.ffn.up_proj.B"].grad[0, 0] = math.inf
+        return loss
+    monkeypatch.setattr(train, "backward", poisoned)
+    fails(train.main, ["--resume", "--out", out], "step 7", "lr ", "blocks.2.ffn.up_proj.B", "checkpoint")
+    kept, network = models[-1]
+    assert all(torch.equal(p, kept[name]) for name, p in network.named_parameters())
+    after = torch.load(out / "ckpt.pt", weights_only=True)
+    assert after["step"] in (4, 5, 6) and all(w.isfinite().all() for w in after["model"].values()) and before
+
+
+########################################
+#                Misuse                #
+########################################
+
+@pytest.mark.parametrize("flags, fragments", [
+    (["--rank_rato", "0.5"], ["--rank_rato", "--rank_ratio"]), (["--step", "3"], ["--step", "--steps"]),
+    (["--no-renorm"], ["--no-renorm", "--no-renormalize"]), (["extra"], ["extra"]),
+    (["--rank_ratio", "0"], ["rank_ratio is 0", "(0, 1]"]), (["--rank_ratio", "1.5"], ["rank_ratio is 1.5"]),
+    (["--tokens_per_step", "1000"], ["--tokens_per_step 1000", "--tokens_per_step 1024"]),
+    (["--batch_size", "3"], ["--batch_size 3", "16 sequences", "--batch_size 2"]),
+    (["--method", "adamw", "--no-orthogonalize"], ["--no-orthogonalize does not apply to --method adamw", "spectron"]),
+    (["--method", "dense", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method dense"]),
+    (["--method", "dense-adamw", "--ns_steps", "3"], ["--ns_steps", "spectron or dense"]),
+    (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum is 1"]),
+    (["--steps", "0"], ["--steps is 0"]), (["--lr", "-1"], ["--lr is -1"]), (["--lr", "nan"], ["--lr is nan"]),
+    (["--data", "nowhere"], ["nowhere", "python data.py text"]), (["--size", "S"], ["data/fineweb", "tools.download"]),
+    (["--spectra_of", "blocks.9.x"], ["blocks.9.x", "blocks.2.attention.o_proj"]), (["--size", "XL"], ["XL", "nano"]),
+    (["--resume"], ["--out"]), (["--resume", "--out", "nowhere"], ["nowhere", "python train.py"]),
+    (["--method", "muon"], ["muon", "spectron"]), (["--steps", "many"], ["many"])])
+def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, monkeypatch, flags, fragments):
+    monkeypatch.chdir(tmp_path)
+    fails(train.main, flags, *fragments)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_cuda_that_is_not_there_is_said(fails):
+    fails(train.main, ["--device", "cuda"], "--device cuda", "--device cpu")
+
+
+def test_a_directory_that_has_something_in_it_is_kept(run, fails, corpus, tmp_path):
+    out = run("--steps", 2)
+    again = [*TINY, "--data", corpus, "--out", out, "--steps", 2]
+    fails(train.main, again, str(out), "--resume", "--overwrite")
+    fails(train.main, ["--resume", "--out", out], "step 2 of 2", "python eval.py")
+    fails(train.main, ["--resume", "--out", out, "--lr", "0.3", "--seed", "4", "--batch_size", "4"],
+          "--lr 0.3 (was 0.1)", "--seed 4 (was 0)")
+    train.main([str(flag) for flag in again] + ["--overwrite"])
+    assert [row["step"] for row in records(out)] == [1, 2]
+
+
+def test_resume_refuses_other_data(run, fails, corpus, tmp_path):
+    (tmp_path / "d").symlink_to(corpus)
+    out = run("--steps", 4, "--stop_at", 2, "--data", tmp_path / "d")
+    (tmp_path / "d").unlink()
+    fails(train.main, ["--resume", "--out", out], str(tmp_path / "d"), "python data.py text")
+    data.write_corpus([f"other {i} " * 99 for i in range(99)], "bytes", tmp_path / "d", "test", quiet=True)
+    fails(train.main, ["--resume", "--out", out], "put those shards back")
+    (tmp_path / "d" / "meta.json").write_text('{"tokenizer": "gpt2"}')
+    fails(train.main, ["--resume", "--out", out], "made with tokenizer 'gpt2'", "trained with 'bytes'")
+    fails(evaluation.main, [out], "made with tokenizer 'gpt2'", "'bytes'")
+
+
+def test_unnamed_runs_get_the_next_free_directory(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main([*TINY, "--data", str(corpus), "--steps", "1"])
+    assert sorted(os.listdir("out")) == ["nano-spectron-00", "nano-spectron-01"]
+
+
+def test_files_that_are_no_runs_are_refused(tmp_path, fails):
+    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "log.jsonl").write_text("not a log\n")
+    fails(evaluation.main, [tmp_path], "not a checkpoint")
+    fails(evaluation.main, [tmp_path / "none"], "no checkpoint")
+    fails(plot.main, [tmp_path], "not a log")
+    fails(plot.main, [tmp_path / "none"], "no log")
+
+
+########################################
+#          Plans, scores, figures      #
+########################################
+
+@pytest.mark.parametrize("size", [*settings.SIZES])
+def test_a_dry_run_resolves_everything_and_trains_nothing(capsys, tmp_path, monkeypatch, size):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--size", size, "--dry_run"])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "FLOPs", "tokens a step", "shard", "gradients", "optimizer"))
+    assert os.listdir(tmp_path) == []
+    if size == "S":
+        assert "121,7" in printed and "2,556 steps" in printed and "27 shard(s)" in printed
+
+
+def test_eval_repeats_the_score_of_the_run(run, capsys, tmp_path):
+    out = run("--steps", 3)
+    capsys.readouterr()
+    evaluation.main([str(out), "--json", str(tmp_path / "scores.json"), "--device", "cpu"])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["val_loss"] == pytest.approx(records(out)[-1]["val_loss"], abs=1e-6)
+    assert f"val_loss: {scores['val_loss']}" in capsys.readouterr().out
+
+
+def test_plot_draws_runs_labelled_by_what_differs(run, tmp_path, fails):
+    runs = [str(run("--steps", 3, "--lr", lr, out=f"lr-{lr}")) for lr in (0.1, 0.2)]
+    other = str(run("--steps", 3, "--no-renormalize", out="orth"))
+    configs = [plot.read_log(path)[0]["config"] for path in [*runs, other]]
+    assert plot.labels(configs[:2]) == ["lr 0.1", "lr 0.2"]
+    assert plot.labels([configs[0], configs[2]]) == ["renormalize", "no renormalize"]
+    assert plot.labels(configs[:1]) == ["spectron"]
+    for x in ("step", "tokens", "flops", "seconds"):
+        for y in ("val_loss", "loss", "dW", "W", "gauge"):
+            plot.main([*runs, "-o", str(tmp_path / "fig.png"), "--x", x, "--y", y])
+    assert (tmp_path / "fig.png").stat().st_size > 5000
+    (tmp_path / "log.jsonl").write_text(json.dumps({"config": configs[0]}) + "\n")
+    fails(plot.main, [tmp_path / "log.jsonl", "-o", tmp_path / "x.png"], "has no steps")

@@ -1,0 +1,159 @@
+"""Fetch the pre-tokenized data, once and whole.
+
+    python -m tools.download fineweb -n 27          27 training shards of 100M GPT-2 tokens, and the validation shard
+    python -m tools.download fineweb -n 157 --corpus fineweb100B        for size L and up
+
+The shards are the ones that the modded-nanogpt project publishes. A download that was cut goes on where it stopped; a
+file gets its name only after its size, its header and (where the server tells it) its SHA-256 were found right.
+"""
+
+import hashlib
+import http.client
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import cli
+from cli import UserError
+from data import open_shard
+
+URL = "https://huggingface.co/datasets/kjj0/{corpus}-gpt2/resolve/main"
+SHARDS = {"fineweb10B": 103, "fineweb100B": 1030}  # training shards that are published
+SHARD_BYTES, BLOCK, ATTEMPTS, TIMEOUT = 200_001_024, 1 << 20, 6, 60
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps the SHA-256 that stands in the header of the first answer."""
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        new = super().redirect_request(request, answer, code, message, headers, url)
+        if new is not None:
+            new.sha256 = getattr(request, "sha256", None) or headers.get("X-Linked-Etag")
+        return new
+
+
+def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
+    """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError for a bad file.
+
+    Cut connections, server errors and bad files are tried again, ATTEMPTS times without progress, waiting twice as long
+    each time. UserError where it does not help, and at once for a file that is not there.
+    """
+    part, failures, problem = Path(f"{path}.part"), 0, ""
+    while failures < ATTEMPTS:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            sha256 = _receive(url, part, before)
+            check(part)
+            if sha256 and _sha256(part) != sha256:
+                raise UserError(f"{path.name}: its SHA-256 is not the {sha256} that the server gives")
+            return part.replace(path)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404, 410):
+                raise UserError(f"{url}: the server answers {error.code} {error.reason}. Is --url right, and -n no larger "
+                                "than what is published?") from None
+            problem = f"the server answers {error.code} {error.reason}"
+        except UserError as error:
+            part.unlink(missing_ok=True)
+            problem = str(error)
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error) or type(error).__name__
+        progress = part.exists() and part.stat().st_size > before
+        failures = 1 if progress else failures + 1
+        if failures < ATTEMPTS:
+            print(f"\n{problem}; again in {pause * 2 ** (failures - 1):g} s", file=sys.stderr)
+            time.sleep(pause * 2 ** (failures - 1))
+    raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. What has arrived is kept: the same "
+                    "command goes on from there")
+
+
+def _receive(url: str, part: Path, have: int) -> str | None:
+    """Append what is missing to part; the SHA-256 of the whole, if the server says it."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "nanospectron"} if have
+                                     else {"User-Agent": "nanospectron"})
+    opener = urllib.request.build_opener(_Redirects)
+    try:
+        answer = opener.open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        if error.headers.get("Content-Range") != f"bytes */{have}":
+            part.unlink()
+            raise ConnectionError(f"{part.name} is longer than the file; starting over") from None
+        return None  # all of it had arrived
+    with answer:
+        resumed = answer.status == 206
+        length = answer.headers.get("Content-Length")
+        total = (have if resumed else 0) + int(length) if length else None
+        with open(part, "ab" if resumed else "wb") as file:
+            _copy(answer, file, part.name.removesuffix(".part"), have if resumed else 0, total)
+        if total is not None and part.stat().st_size < total:
+            raise ConnectionError(f"connection cut after {part.stat().st_size:,} of {total:,} bytes")
+        sha256 = (getattr(answer, "sha256", None) or answer.headers.get("X-Linked-Etag") or "").strip('"')
+    return sha256 if len(sha256) == 64 else None
+
+
+def _copy(answer, file, name: str, have: int, total: int | None) -> None:
+    """Copy the body with one line of progress: rate and time left."""
+    started, shown, size = time.time(), 0.0, have
+    while block := answer.read(BLOCK):
+        file.write(block)
+        size += len(block)
+        seconds = time.time() - started
+        if seconds - shown > 0.5:
+            shown, rate = seconds, (size - have) / seconds
+            left = f"{(total - size) / rate:.0f} s left" if total else ""
+            print(f"\r{name}: {size / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left}  ",
+                  end="", file=sys.stderr, flush=True)
+    if shown:
+        print(file=sys.stderr)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) -> None:
+    """The validation shard and `count` training shards in `out`; what is there and whole is left as it is."""
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in names if not _whole(out / name)]
+    need, free = len(missing) * SHARD_BYTES, shutil.disk_usage(out).free
+    if url.startswith("https://huggingface.co") and need > free:
+        raise UserError(f"{len(missing)} shards need {need / 1e9:.0f} GB and {out} has {free / 1e9:.0f} GB free: "
+                        f"-n {max(0, int(free / SHARD_BYTES) - 1)} fits")
+    for number, name in enumerate(missing, 1):
+        print(f"[{number}/{len(missing)}] {name}", flush=True)
+        fetch(f"{url}/{name}", out / name, open_shard, pause)
+    print(f"{out}: {count} training shards and one for validation. Train: torchrun --nproc_per_node=8 train.py --size S"
+          f" --data {out}")
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return path.exists() and open_shard(path) is not None
+    except UserError:
+        return False
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    command = commands.add_parser("fineweb", description="pre-tokenized FineWeb, GPT-2 tokens")
+    command.add_argument("-n", type=int, default=27, help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
+    command.add_argument("--corpus", choices=list(SHARDS), default="fineweb10B", help="(fineweb10B)")
+    command.add_argument("--out", type=Path, default=Path("data/fineweb"), help="directory (data/fineweb)")
+    command.add_argument("--url", help=f"base of the files' addresses ({URL.format(corpus='<corpus>')})")
+    args = parser.parse_args(argv)
+    if not 1 <= args.n <= SHARDS[args.corpus]:
+        raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
+                        + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0 else ""))
+    fineweb(args.n, args.corpus, args.out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
+
+
+if __name__ == "__main__":
+    main()
