@@ -16,9 +16,9 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown flag is refused together with the nearest known one."""
 
-    def __init__(self, description):
+    def __init__(self, description=None, **options):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawTextHelpFormatter)
+                         formatter_class=argparse.RawTextHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         args, unknown = super().parse_known_args(args, namespace)

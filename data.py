@@ -368,7 +368,7 @@ def build_stdlib(out="data/stdlib", quiet=False) -> dict:
 def main(argv=None):
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     parser_class=lambda **kw: cli.Parser(None))
+                                     parser_class=cli.Parser)
     stdlib = commands.add_parser("stdlib")
     stdlib.add_argument("--out", default="data/stdlib", help="directory to make (data/stdlib)")
     text = commands.add_parser("text")

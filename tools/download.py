@@ -26,13 +26,12 @@ SHARD_BYTES, BLOCK, ATTEMPTS, TIMEOUT = 200_001_024, 1 << 20, 6, 60
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the SHA-256 that stands in the header of the first answer."""
+    """Follows redirects, and keeps the SHA-256 that stands in the header of one."""
+    sha256 = None
 
     def redirect_request(self, request, answer, code, message, headers, url):
-        new = super().redirect_request(request, answer, code, message, headers, url)
-        if new is not None:
-            new.sha256 = getattr(request, "sha256", None) or headers.get("X-Linked-Etag")
-        return new
+        self.sha256 = self.sha256 or headers.get("X-Linked-Etag")
+        return super().redirect_request(request, answer, code, message, headers, url)
 
 
 def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
@@ -73,9 +72,9 @@ def _receive(url: str, part: Path, have: int) -> str | None:
     """Append what is missing to part; the SHA-256 of the whole, if the server says it."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "nanospectron"} if have
                                      else {"User-Agent": "nanospectron"})
-    opener = urllib.request.build_opener(_Redirects)
+    redirects = _Redirects()
     try:
-        answer = opener.open(request, timeout=TIMEOUT)
+        answer = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
@@ -91,7 +90,7 @@ def _receive(url: str, part: Path, have: int) -> str | None:
             _copy(answer, file, part.name.removesuffix(".part"), have if resumed else 0, total)
         if total is not None and part.stat().st_size < total:
             raise ConnectionError(f"connection cut after {part.stat().st_size:,} of {total:,} bytes")
-        sha256 = (getattr(answer, "sha256", None) or answer.headers.get("X-Linked-Etag") or "").strip('"')
+        sha256 = (redirects.sha256 or answer.headers.get("X-Linked-Etag") or "").strip('"')
     return sha256 if len(sha256) == 64 else None
 
 
