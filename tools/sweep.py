@@ -23,8 +23,8 @@ RESULTS, STEPS = Path("results/nano"), 300
 ARMS = {  # name -> (flags, learning rates)
     "both": ([], [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]),
     "orthogonalize": (["--no-renormalize"], [0.005, 0.01, 0.02, 0.04, 0.08]),
-    "renormalize": (["--no-orthogonalize"], [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]),
-    "neither": (["--no-orthogonalize", "--no-renormalize"], [1, 3, 10, 30, 100]),
+    "renormalize": (["--no-orthogonalize"], [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]),
+    "neither": (["--no-orthogonalize", "--no-renormalize"], [0.1, 0.3, 1, 3, 10]),
     "adamw": (["--method", "adamw"], [3e-4, 1e-3, 2e-3, 3e-3, 1e-2]),
     "dense": (["--method", "dense"], [0.005, 0.01, 0.02, 0.04, 0.08]),
     "dense-adamw": (["--method", "dense-adamw"], [1e-3, 3e-3, 1e-2]),
