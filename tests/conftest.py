@@ -1,4 +1,5 @@
-"""What the tests share: the offline corpus, small runs of train.py in this process, and a float64 reference of the paper."""
+"""What the tests share: the offline corpus, small runs of train.py in this process, and a float64 reference
+of the paper."""
 
 import os
 import sys
@@ -14,9 +15,10 @@ SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
 import data  # noqa: E402  (after the path)
 import train  # noqa: E402
 
-TINY = ["--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000", "--dtype", "float32", "--device", "cpu",
-        "--spectra_every", "1"]
-# Adam divides a rare token's tiny gradient by its own size, which turns rounding into steps of adam_lr: small ones here.
+TINY = ["--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000", "--dtype", "float32",
+        "--device", "cpu", "--spectra_every", "1"]
+# Adam divides a rare token's tiny gradient by its own size, which turns rounding into steps of adam_lr:
+# small ones here.
 SMALL_STEPS = ["--lr", "0.02", "--adam_lr", "0.001"]
 
 
@@ -27,11 +29,12 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """The offline corpus, with a validation split short enough for tests."""
+    """The offline corpus, cut short."""
     directory = tmp_path_factory.mktemp("data") / "stdlib"
     data.build_stdlib(directory, quiet=True)
-    val = data.open_shard(directory / "val_000000.bin")[:1200].copy()
-    data.write_shard(directory / "val_000000.bin", val)
+    for split, count in ("train", 200_000), ("val", 1200):
+        path = directory / f"{split}_000000.bin"
+        data.write_shard(path, data.open_shard(path)[:count].copy())
     return directory
 
 
@@ -48,7 +51,8 @@ def run(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv, *fragments): exit code 2, one message on stderr that has every fragment, no traceback."""
+    """fails(main, argv, *fragments): exit code 2, one message on stderr that has every fragment,
+    no traceback."""
     def call(main, argv, *fragments):
         with pytest.raises(SystemExit) as caught:
             main([str(arg) for arg in argv])

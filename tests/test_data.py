@@ -36,21 +36,25 @@ def test_a_shard_is_256_int32_and_then_uint16(tmp_path):
     raw = (tmp_path / "a.bin").read_bytes()
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert len(raw) == 1024 + 8 and list(header[:3]) == [20240520, 1, 4] and not header[3:].any()
-    assert list(np.frombuffer(raw[1024:], dtype="<u2")) == list(tokens) == list(data.open_shard(tmp_path / "a.bin"))
+    assert (list(np.frombuffer(raw[1024:], dtype="<u2")) == list(tokens)
+            == list(data.open_shard(tmp_path / "a.bin")))
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.parametrize("damage, found", [
     (lambda raw: raw[:-2], "expected 3,024"), (lambda raw: raw + b"xx", "expected 3,024"),
-    (lambda raw: b"\1" + raw[1:], "magic number"), (lambda raw: raw[:4] + b"\2" + raw[5:], "shard version 2, expected 1"),
+    (lambda raw: b"\1" + raw[1:], "magic number"),
+    (lambda raw: raw[:4] + b"\2" + raw[5:], "shard version 2, expected 1"),
     (lambda raw: raw[:100], "100 bytes"), (lambda raw: b"", "0 bytes")])
-def test_a_damaged_shard_is_refused_with_what_was_found_and_the_command_that_rebuilds_it(tmp_path, damage, found):
+def test_a_damaged_shard_is_refused_with_what_was_found_and_the_command_that_rebuilds_it(
+        tmp_path, damage, found):
     make(tmp_path / "d")
     path = tmp_path / "d" / "x_train_000000.bin"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError) as caught:
         data.open_data(tmp_path / "d", 16)
-    assert found in str(caught.value) and str(path) in str(caught.value) and "python data.py text" in str(caught.value)
+    assert (found in str(caught.value) and str(path) in str(caught.value)
+            and "python data.py text" in str(caught.value))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(tmp_path):
@@ -62,8 +66,8 @@ def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(tmp_path):
 
 
 def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
-    for name, command in [("stdlib", "python data.py stdlib"), ("fineweb", "python -m tools.download fineweb"),
-                          ("mine", "python data.py text")]:
+    for name, command in [("stdlib", "python data.py stdlib"),
+                          ("fineweb", "python -m tools.download fineweb"), ("mine", "python data.py text")]:
         with pytest.raises(UserError, match=command):
             data.open_data(tmp_path / name, 16)
     (tmp_path / "empty").mkdir()
@@ -104,7 +108,8 @@ def test_window_i_holds_tokens_iT_to_iT_plus_T_and_the_tail_is_dropped(tmp_path)
 
 def test_an_epoch_visits_each_window_once_in_an_order_from_seed_and_epoch(tmp_path):
     split = data.open_data(numbered(tmp_path / "d")[0], 8)[0]
-    firsts = [int(row[0]) for step in range(23) for row in split.batch(step, 2, seed=5)[0]]  # two epochs of 23 windows
+    firsts = [int(row[0]) for step in range(23)  # two epochs of 23 windows
+              for row in split.batch(step, 2, seed=5)[0]]
     everything = sorted(int(row[0]) for row in split.read(range(23))[0])
     one, two = firsts[:23], firsts[23:]
     assert sorted(one) == sorted(two) == everything and one != two and one != everything
@@ -117,7 +122,8 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_and_not_on_the_ranks(tmp_p
     for step in (0, 3, 11, 40):
         whole = split.batch(step, 8, seed=1)
         for ranks in (2, 4, 8):
-            parts = [data.open_data(tmp_path / "d", 8)[0].batch(step, 8, 1, rank, ranks) for rank in range(ranks)]
+            parts = [data.open_data(tmp_path / "d", 8)[0].batch(step, 8, 1, rank, ranks)
+                     for rank in range(ranks)]
             for i in range(2):
                 assert np.array_equal(whole[i], np.concatenate([part[i] for part in parts]))
 
@@ -129,13 +135,16 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_and_not_on_the_ranks(tmp_p
 def decoded(directory, tokenizer="bytes"):
     """The documents of each split."""
     encoding = data.get_tokenizer(tokenizer)
-    return [[encoding.decode(list(map(int, piece))) for piece in np.split(tokens, np.flatnonzero(tokens == encoding.eot_token))
+    return [[encoding.decode(list(map(int, piece)))
+             for piece in np.split(tokens, np.flatnonzero(tokens == encoding.eot_token))
              for piece in [piece[1:]] if len(piece)] for split in ("train", "val")
-            for tokens in [np.concatenate([data.open_shard(p) for p in sorted(directory.glob(f"{split}_*.bin"))])]]
+            for tokens in [np.concatenate([data.open_shard(p)
+                                           for p in sorted(directory.glob(f"{split}_*.bin"))])]]
 
 
 def test_text_round_trips_and_no_document_is_in_both_splits(tmp_path):
-    texts = [f"document {i} " + "é€𝄞 naïve\n" * (i % 7) for i in range(400)] + ["the same"] * 50 + ["", "  \n"]
+    texts = ([f"document {i} " + "é€𝄞 naïve\n" * (i % 7) for i in range(400)]
+             + ["the same"] * 50 + ["", "  \n"])
     meta = data.write_corpus(texts, "bytes", tmp_path / "d", "test", quiet=True)
     train, val = decoded(tmp_path / "d")
     assert sorted(train + val) == sorted(text for text in texts if text.strip())
@@ -191,7 +200,8 @@ def test_jsonl_is_one_document_a_line(tmp_path):
 @pytest.mark.parametrize("name, content, expected", [
     ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2"), ("a.jsonl", b'{"body": "x"}\n', "line 1"),
     ("a.jsonl", b'{"text": 3}\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
-    ("a.txt.gz", b"not gzip", "can't be read"), ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
+    ("a.txt.gz", b"not gzip", "can't be read"),
+    ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
     ("a.csv", b"x", "expected .txt"), ("a.txt", b"", "no text for the train split")])
 def test_bad_text_gets_one_message_and_makes_nothing(tmp_path, fails, name, content, expected):
     (tmp_path / name).write_bytes(content)
@@ -204,8 +214,10 @@ def test_misuse_of_the_command_gets_one_message(tmp_path, fails):
     (tmp_path / "a.txt").write_text("x\n\n" * 9000)
     fails(data.main, ["text", tmp_path / "none.txt", "--out", tmp_path / "d"], "none.txt", "no such file")
     fails(data.main, ["text", tmp_path / "a.txt", "--out", tmp_path], "exists")
-    fails(data.main, ["text", tmp_path / "a.txt", "--tokenizer", "gpt9", "--out", tmp_path / "d"], "gpt9", "gpt2")
-    fails(data.main, ["text", tmp_path / "a.txt", "--tokeniser", "gpt2", "--out", tmp_path / "d"], "--tokenizer")
+    fails(data.main, ["text", tmp_path / "a.txt", "--tokenizer", "gpt9", "--out", tmp_path / "d"],
+          "gpt9", "gpt2")
+    fails(data.main, ["text", tmp_path / "a.txt", "--tokeniser", "gpt2", "--out", tmp_path / "d"],
+          "--tokenizer")
     data.main(["text", str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "d")])
     assert data.open_data(tmp_path / "d", 64)[2] == "bytes"
 
@@ -228,7 +240,8 @@ def test_a_tokenizer_that_can_not_be_fetched_says_what_to_do(tmp_path):
     (tmp_path / "a.txt").write_text("words\n\n" * 3000)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"),
                    "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
@@ -240,8 +253,10 @@ def test_gpt2_tokens_are_tiktokens_and_large_vocabularies_are_refused(tmp_path, 
     texts = ["Hello world, <|endoftext|> naïve café"] * 3 + [f"text number {i}" for i in range(300)]
     data.write_corpus(texts, "gpt2", tmp_path / "d", "test", quiet=True)
     train, val = decoded(tmp_path / "d", "gpt2")
-    tokens = np.concatenate([data.open_shard(tmp_path / "d" / f"{split}_000000.bin") for split in ("train", "val")])
-    assert set(train + val) >= set(texts[3:]) and len(tokens) == sum(1 + len(encoding.encode_ordinary(t)) for t in texts)
+    tokens = np.concatenate([data.open_shard(tmp_path / "d" / f"{split}_000000.bin")
+                             for split in ("train", "val")])
+    assert (set(train + val) >= set(texts[3:])
+            and len(tokens) == sum(1 + len(encoding.encode_ordinary(t)) for t in texts))
     lengths = data.token_bytes(encoding)
     assert sum(lengths[t] for t in encoding.encode_ordinary("naïve café")) == len("naïve café".encode())
     monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: type("Large", (), {"n_vocab": 200_000}))
@@ -252,7 +267,8 @@ def test_gpt2_tokens_are_tiktokens_and_large_vocabularies_are_refused(tmp_path, 
 @pytest.mark.skipif(not (SHARED / "data/text").is_dir(), reason="needs the texts of the shared data")
 def test_real_text_through_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
-    with gzip.open(SHARED / "data/text/imdb_train.jsonl.gz", "rt") as file, gzip.open(tmp_path / "a.jsonl.gz", "wt") as part:
+    with (gzip.open(SHARED / "data/text/imdb_train.jsonl.gz", "rt") as file,
+          gzip.open(tmp_path / "a.jsonl.gz", "wt") as part):
         part.writelines(row for row, _ in zip(file, range(500)))
     files = [SHARED / "data/text/fineweb_edu_sample.txt", tmp_path / "a.jsonl.gz"]
     data.main(["text", *map(str, files), "--tokenizer", "gpt2", "--out", str(tmp_path / "d")])

@@ -1,4 +1,5 @@
-"""tools/download.py against a local HTTP server that cuts connections, answers 404 and 500, and serves bad files."""
+"""tools/download.py against a local HTTP server that cuts connections, answers 404 and 500, and serves
+bad files."""
 
 import hashlib
 import threading
@@ -13,8 +14,8 @@ from tools import download
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """files: name -> bytes; behaviour: name -> list of what to do at each request: an int to cut after so many bytes, a
-    string for a status, None to serve. requests: (name, Range header)."""
+    """files: name -> bytes; behaviour: name -> list of what to do at each request: an int to cut after so
+    many bytes, a string for a status, None to serve. requests: (name, Range header)."""
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
             pass
@@ -48,7 +49,8 @@ def server(tmp_path, monkeypatch):
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.files, http.behaviour, http.requests, http.sha256, http.ranges = {}, {}, [], {}, True
-    for i, name in enumerate(["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]):
+    for i, name in enumerate(["fineweb_val_000000.bin", "fineweb_train_000001.bin",
+                              "fineweb_train_000002.bin"]):
         data.write_shard(tmp_path / "made.bin", np.random.default_rng(i).integers(0, 50257, 5000))
         http.files[name] = (tmp_path / "made.bin").read_bytes()
     (tmp_path / "made.bin").unlink()
@@ -95,7 +97,8 @@ def test_a_later_call_goes_on_and_a_server_without_ranges_starts_over(server, tm
         (out / "fineweb_train_000001.bin.part").write_bytes(server.files["fineweb_train_000001.bin"][:4000])
         get(server, out)
         assert_whole(server, out)
-    (out / "fineweb_train_000002.bin").rename(out / "fineweb_train_000002.bin.part")  # all there, but for its name
+    # all there, but for its name
+    (out / "fineweb_train_000002.bin").rename(out / "fineweb_train_000002.bin.part")
     server.ranges = True
     get(server, out)
     assert_whole(server, out)
@@ -118,7 +121,8 @@ def test_a_file_that_is_not_there_is_said_at_once(server, tmp_path, fails):
     assert server.pauses == []
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1000], lambda b: b"\0" * 8 + b[8:], lambda b: b + b"more", lambda b: b""])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1000], lambda b: b"\0" * 8 + b[8:],
+                                    lambda b: b + b"more", lambda b: b""])
 def test_a_truncated_or_corrupt_file_never_gets_its_name(server, tmp_path, fails, damage):
     good = server.files["fineweb_train_000001.bin"]
     server.files["fineweb_train_000001.bin"] = damage(good)
@@ -133,7 +137,8 @@ def test_a_truncated_or_corrupt_file_never_gets_its_name(server, tmp_path, fails
 def test_a_whole_looking_file_is_held_against_the_sha256_of_the_redirect(server, tmp_path, fails):
     name = "fineweb_train_000001.bin"
     good, bad = server.files[name], server.files[name][:-2] + b"\1\1"
-    server.sha256[name], server.files[name], server.behaviour[name] = hashlib.sha256(good).hexdigest(), bad, ["redirect", None] * 9
+    server.sha256[name], server.files[name], server.behaviour[name] = (
+        hashlib.sha256(good).hexdigest(), bad, ["redirect", None] * 9)
     fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", server.url], "SHA-256", name)
     server.files[name], server.behaviour[name] = good, ["redirect", None]
     get(server, tmp_path / "d", n=1)
@@ -151,4 +156,5 @@ def test_misuse_gets_one_message(server, tmp_path, fails):
     fails(download.main, ["fineweb", "-n", 104], "104", "103", "fineweb100B")
     fails(download.main, ["fineweb", "--number", 3], "--number")
     fails(download.main, ["fineweb", "--outt", "x"], "--outt", "--out")
-    fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "http://127.0.0.1:9"], "gave up", "refused")
+    fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "http://127.0.0.1:9"],
+          "gave up", "refused")

@@ -1,4 +1,5 @@
-"""model.py: counts against the paper, initialisation against the SVD, logits against a plain float64 restatement."""
+"""model.py: counts against the paper, initialisation against the SVD, logits against a plain float64
+restatement."""
 
 import math
 from dataclasses import replace
@@ -9,14 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import settings
-from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices, count_parameters, factorize_, rank_of,
-                   spectral_factors, split_parameters, uniform_weight)
+from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices, count_parameters, factorize_,
+                   rank_of, spectral_factors, split_parameters, uniform_weight)
 from spectron import Spectron
 
 # Tables 4 and 5 of the paper, in millions at 32,000 tokens of vocabulary: dense, and at rank ratio 0.25.
 PARAMETERS = {"60M": (60.0, 47.5), "92M": (91.8, 67.8), "134M": (134.1, 93.6), "150M": (148.3, 101.0),
               "220M": (218.9, 143.2), "325M": (322.5, 200.9), "500M": (488.3, 296.9), "780M": (777.9, 453.8),
-              "835M": (834.5, 483.5), "1.4B": (1364.3, 780.8), "1.7B": (1672.6, 943.2), "2.7B": (2701.6, 1495.2)}
+              "835M": (834.5, 483.5), "1.4B": (1364.3, 780.8), "1.7B": (1672.6, 943.2),
+              "2.7B": (2701.6, 1495.2)}
 STEPS = {"S": (1786, 2556), "M": (5664, 9537), "L": (8657, 14878)}  # Appendix E.3: dense, factorized
 TINY = LlamaConfig(dim=24, n_layers=2, n_heads=3, vocab_size=50, seq_len=16, rank_ratio=0.25)
 
@@ -67,7 +69,8 @@ def test_spectral_initialisation_is_the_best_approximation_of_rank_r(m, n, r):
 
 def test_spectral_initialisation_of_full_rank_and_of_a_rank_deficient_matrix():
     W = uniform_weight(12, 20)
-    assert torch.allclose(torch.matmul(*[f if i == 0 else f.T for i, f in enumerate(spectral_factors(W, 12))]), W, atol=1e-5)
+    assert torch.allclose(torch.matmul(*[f if i == 0 else f.T for i, f in enumerate(
+        spectral_factors(W, 12))]), W, atol=1e-5)
     A, B = spectral_factors(torch.outer(torch.arange(6.0), torch.ones(4)), 3)
     assert A.isfinite().all() and B.isfinite().all()
     assert torch.allclose(A @ B.T, torch.outer(torch.arange(6.0), torch.ones(4)), atol=1e-4)
@@ -81,7 +84,8 @@ def test_initial_weights_depend_on_the_seed_only():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.head.weight, c.head.weight)
     assert 0.015 < a.embedding.weight.std() < 0.025 and 0.015 < a.head.weight.std() < 0.025
-    dense = made(0, replace(TINY, rank_ratio=None))  # the same dense weights, of which the factors are the best part
+    # the same dense weights, of which the factors are the best part
+    dense = made(0, replace(TINY, rank_ratio=None))
     W, layer = dense.blocks[0].attention.q_proj.weight, a.blocks[0].attention.q_proj
     assert torch.allclose(layer.A @ layer.B.T, torch.matmul(*[f if i == 0 else f.T for i, f in enumerate(
         spectral_factors(W.detach(), layer.rank))]), atol=1e-5)
@@ -137,7 +141,8 @@ def test_logits_and_loss_equal_a_plain_float64_restatement(change):
     log_p = exact - exact.exp().sum(-1, keepdim=True).log()
     loss = -log_p.gather(-1, targets.unsqueeze(-1)).mean()
     assert abs(model(tokens, targets).item() - loss.item()) < 1e-5
-    assert torch.allclose(model(tokens[:, :5]), model(tokens)[:, :5], atol=1e-6)  # shorter, and blind to the future
+    # shorter, and blind to the future
+    assert torch.allclose(model(tokens[:, :5]), model(tokens)[:, :5], atol=1e-6)
 
 
 class Shapes(TorchDispatchMode):
@@ -169,15 +174,18 @@ def test_the_factorized_layer_never_forms_an_m_by_n_matrix():
 
 def test_factorize_and_spectron_train_a_model_that_is_not_ours():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 8))
-    x, biases = torch.randn(256, 32), [m.bias.detach().clone() for m in model.modules() if isinstance(m, nn.Linear)]
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 64), nn.ReLU()),
+                          nn.Linear(64, 8))
+    x, biases = torch.randn(256, 32), [m.bias.detach().clone() for m in model.modules()
+                                       if isinstance(m, nn.Linear)]
     y = (x[:, :8] * x[:, 8:16]).tanh()
     weights = [m.weight.detach().clone() for m in model.modules() if isinstance(m, nn.Linear)]
 
     pairs = factorize_(model, rank_ratio=0.25)
     optimizer = Spectron(pairs, lr=0.05)
 
-    assert [tuple(p.shape) for pair in pairs for p in pair] == [(64, 8), (32, 8), (64, 16), (64, 16), (8, 8), (64, 8)]
+    assert [tuple(p.shape) for pair in pairs for p in pair] == [(64, 8), (32, 8), (64, 16), (64, 16),
+                                                                (8, 8), (64, 8)]
     layers = [m for m in model.modules() if isinstance(m, FactorizedLinear)]
     assert len(layers) == 3 and not any(isinstance(m, nn.Linear) for m in model.modules())
     for layer, W, bias in zip(layers, weights, biases):
@@ -208,11 +216,13 @@ def test_factorize_keeps_shared_layers_shared_and_refuses_tied_weights():
         factorize_(nn.Sequential(nn.Linear(4, 4)), 1.5)
     half = nn.Sequential(nn.Linear(8, 8).bfloat16())
     factorize_(half, 0.5)
-    assert half[0].A.dtype == torch.bfloat16 and half(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (half[0].A.dtype == torch.bfloat16
+            and half(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16)
 
 
 def test_parameters_split_into_factors_dense_matrices_and_the_rest():
-    for change, n_pairs, n_dense in [({}, 14, 0), ({"factorize": "ffn"}, 6, 8), ({"rank_ratio": None}, 0, 14)]:
+    for change, n_pairs, n_dense in [({}, 14, 0), ({"factorize": "ffn"}, 6, 8),
+                                     ({"rank_ratio": None}, 0, 14)]:
         model = Llama(replace(TINY, **change))
         pairs, dense, others = split_parameters(model)
         assert (len(pairs), len(dense)) == (n_pairs, n_dense) and len(block_matrices(model)) == 14

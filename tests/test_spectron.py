@@ -1,4 +1,5 @@
-"""spectron.py against the paper: exact singular vectors, Algorithms 1 to 3 restated in float64, and the bound."""
+"""spectron.py against the paper: exact singular vectors, Algorithms 1 to 3 restated in float64, and
+the bound."""
 
 import math
 
@@ -78,7 +79,8 @@ def test_newton_schulz_does_not_depend_on_the_scale(scale):
     assert torch.allclose(newton_schulz(G * scale), newton_schulz(G), atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype, top", [(torch.float64, 1.2025), (torch.float32, 1.2025), (torch.bfloat16, 1.25)])
+@pytest.mark.parametrize("dtype, top", [(torch.float64, 1.2025), (torch.float32, 1.2025),
+                                        (torch.bfloat16, 1.25)])
 def test_newton_schulz_never_exceeds_its_top_on_spectra_down_to_1e_minus_6(dtype, top):
     for smallest in (1e-1, 1e-3, 1e-6):
         for p, q in [(64, 64), (256, 64), (64, 200)]:
@@ -150,7 +152,8 @@ class Reference:
         self.u = [torch.randn(len(p), generator=generator).double() for p in self.p]
         for i in range(2):
             self.power(i, 20)
-        self.eta, self.beta, self.nesterov, self.wd, self.shape_scale = eta, beta, nesterov, weight_decay, shape_scale
+        self.eta, self.beta, self.nesterov, self.wd, self.shape_scale = (
+            eta, beta, nesterov, weight_decay, shape_scale)
 
     def power(self, i, steps):
         W, u = self.p[i], self.u[i] / self.u[i].norm()
@@ -180,10 +183,12 @@ class Reference:
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"weight_decay": 0.1}, {"shape_scale": True}])
 def test_steps_equal_algorithm_1_in_float64(options):
-    shapes = [(24, 16, 4), (16, 24, 4), (24, 16, 4), (16, 16, 16)]  # two of one shape, so that batching is tested
+    # two of one shape, so that batching is tested
+    shapes = [(24, 16, 4), (16, 24, 4), (24, 16, 4), (16, 16, 16)]
     pairs = [random_pair(*shape) for shape in shapes]
-    references = [Reference(A, B, i, 0.3, 0.9, options.get("nesterov", True), options.get("weight_decay", 0.0),
-                            options.get("shape_scale", False)) for i, (A, B) in enumerate(pairs)]
+    references = [Reference(A, B, i, 0.3, 0.9, options.get("nesterov", True),
+                            options.get("weight_decay", 0.0), options.get("shape_scale", False))
+                  for i, (A, B) in enumerate(pairs)]
     optimizer = Spectron(pairs, lr=0.3, momentum=0.9, **options)
     for _ in range(4):
         for pair, reference in zip(pairs, references):
@@ -192,7 +197,8 @@ def test_steps_equal_algorithm_1_in_float64(options):
             reference.step([p.grad.clone() for p in pair])
         optimizer.step()
         for (A, B), reference in zip(pairs, references):
-            assert torch.allclose(A, reference.p[0], atol=1e-12) and torch.allclose(B, reference.p[1], atol=1e-12)
+            assert (torch.allclose(A, reference.p[0], atol=1e-12)
+                    and torch.allclose(B, reference.p[1], atol=1e-12))
             assert torch.isclose(optimizer.state[A]["rho"], reference.rho, atol=1e-14)
 
 

@@ -1,4 +1,5 @@
-"""train.py end to end: what a run leaves behind, equal results however it is run, and every misuse with its message."""
+"""train.py end to end: what a run leaves behind, equal results however it is run, and every misuse with its
+message."""
 
 import json
 import math
@@ -18,7 +19,8 @@ import train
 from conftest import ROOT, SMALL_STEPS, TINY
 from model import Llama, LlamaConfig
 
-KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "sigma_A", "sigma_B", "rho", "gauge"}
+KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "sigma_A", "sigma_B",
+        "rho", "gauge"}
 
 
 def records(run):
@@ -40,12 +42,15 @@ def largest_difference(one, two):
 def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
     out = run("--steps", 30, "--eval_every", 10, "--spectra_every", 5)
     header, rows = plot.read_log(out)
-    assert header["argv"][-4:] == ["--eval_every", "10", "--spectra_every", "5"] and header["versions"]["torch"]
+    assert (header["argv"][-4:] == ["--eval_every", "10", "--spectra_every", "5"]
+            and header["versions"]["torch"])
     assert header["config"]["lr"] == train.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
-    assert [row["step"] for row in rows] == [1, 5, 10, 15, 20, 25, 30] and all(set(row) == KEYS for row in rows)
+    assert ([row["step"] for row in rows] == [1, 5, 10, 15, 20, 25, 30]
+            and all(set(row) == KEYS for row in rows))
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [10, 20, 30]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1 and rows[-1]["tokens"] == 30 * 256
-    assert rows[-1]["flops"] == rows[-1]["tokens"] * Llama(LlamaConfig(**header["config"]["model"])).flops_per_token()
+    assert rows[-1]["flops"] == (
+        rows[-1]["tokens"] * Llama(LlamaConfig(**header["config"]["model"])).flops_per_token())
     printed = capsys.readouterr().out
     end = dict(row.split(": ", 1) for row in printed.split("---\n")[-1].strip().splitlines())
     assert float(end["val_loss"]) == pytest.approx(rows[-1]["val_loss"], abs=1e-4)
@@ -56,9 +61,10 @@ def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--no-orthogonalize"], ["--no-renormalize"], ["--no-orthogonalize", "--no-renormalize"], ["--no-nesterov"],
-    ["--shape_scale"], ["--rank_ratio", 1.0], ["--factorize", "ffn"], ["--factorize", "ffn", "--muon_lr", 0.01],
-    ["--weight_decay", 0.1], ["--ns_steps", 3, "--power_steps", 2], ["--method", "adamw"], ["--method", "dense"],
+    ["--no-orthogonalize"], ["--no-renormalize"], ["--no-orthogonalize", "--no-renormalize"],
+    ["--no-nesterov"], ["--shape_scale"], ["--rank_ratio", 1.0], ["--factorize", "ffn"],
+    ["--factorize", "ffn", "--muon_lr", 0.01], ["--weight_decay", 0.1],
+    ["--ns_steps", 3, "--power_steps", 2], ["--method", "adamw"], ["--method", "dense"],
     ["--method", "dense-adamw"], ["--method", "adamw", "--factorize", "ffn"], ["--dtype", "bfloat16"],
     ["--spectra_of", "blocks.0.ffn.down_proj"]])
 def test_every_method_and_ablation_trains_and_logs_finite_norms(run, flags):
@@ -69,7 +75,8 @@ def test_every_method_and_ablation_trains_and_logs_finite_norms(run, flags):
     if known >= {"sigma_A"} and "adamw" not in flags:
         known |= {"rho"}
     for row in rows:
-        assert {key for key in ("dW", "W", "gauge", "sigma_A", "sigma_B", "rho") if row[key] is not None} == known
+        assert {key for key in ("dW", "W", "gauge", "sigma_A", "sigma_B", "rho")
+                if row[key] is not None} == known
         assert row["dW"] > 0 and row["lr"] > 0
     assert rows[-1]["loss"] < 6.0
 
@@ -149,18 +156,22 @@ def test_a_resume_from_a_torn_log_writes_each_step_once(run):
     with open(out / "log.jsonl", "a") as log:  # as a kill between two checkpoints leaves it
         log.write(json.dumps({**records(whole)[6], "loss": 99.0}) + '\n{"step": 8, "lo')
     train.main(["--resume", "--out", str(out), "--batch_size", "2", "--spectra_every", "1"])
-    assert [row["step"] for row in records(out)] == list(range(1, 13)) and max(r["loss"] for r in records(out)) < 9
+    assert ([row["step"] for row in records(out)] == list(range(1, 13))
+            and max(r["loss"] for r in records(out)) < 9)
     assert largest_difference(weights(whole), weights(out)) < 1e-5
 
 
 def torchrun(corpus, out, ranks, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
-    return subprocess.run([*command, *TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               "train.py"]
+    return subprocess.run([*command, *TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)],
+                          cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
-    """20 steps of 2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step."""
+    """20 steps of 2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last
+    micro-step."""
     flags = ["--steps", 20, "--eval_every", 10, *SMALL_STEPS]
     one = run(*flags, out="one")
     done = torchrun(corpus, tmp_path / "two", 2, *flags, "--batch_size", 2)
@@ -180,12 +191,14 @@ saved = train.report
 kept = []
 assigned = train.assert_assigned
 train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
-train.main({[*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "6", "--batch_size", "2"]!r})
+train.main({[*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "6",
+             "--batch_size", "2"]!r})
 torch.save(kept[0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"] + ".pt")
 """
     (tmp_path / "both.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(tmp_path / "both.py")], capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", str(tmp_path / "both.py")],
+                          capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
@@ -200,12 +213,14 @@ def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(
     scores = [evaluation.validate(model, val, 10**9, size, "float32", lengths) for size in (1, 7, 64)]
     x, y = val.read(range(val.windows))
     with torch.no_grad():
-        exact = torch.nn.functional.cross_entropy(model(x).double().flatten(0, 1), y.flatten(), reduction="none")
+        exact = torch.nn.functional.cross_entropy(model(x).double().flatten(0, 1), y.flatten(),
+                                                  reduction="none")
     text = sum(1 for token in y.flatten().tolist() if token != tokenizer.eot_token)
     for score in scores:
         assert score["val_loss"] == pytest.approx(exact.mean().item(), abs=1e-6)
         assert score["bits_per_byte"] == pytest.approx(exact.sum().item() / math.log(2) / text, rel=1e-6)
-        assert score["perplexity"] == pytest.approx(math.exp(score["val_loss"])) and score["val_tokens"] == y.numel()
+        assert (score["perplexity"] == pytest.approx(math.exp(score["val_loss"]))
+                and score["val_tokens"] == y.numel())
     assert scores[0]["val_loss"] == pytest.approx(records(out)[-1]["val_loss"], abs=1e-6)
     first = evaluation.validate(model, val, 64, 8, "float32")
     assert first["val_tokens"] == 64 and first["bits_per_byte"] is None
@@ -219,12 +234,14 @@ def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(
 def test_a_signal_saves_and_ends_and_a_kill_leaves_the_last_checkpoint(corpus, tmp_path, run):
     whole = run("--steps", 60, out="whole")
     out = tmp_path / "killed"
-    for kill, more in ((signal.SIGTERM, ["--steps", "60", "--save_every", "1000"]), (signal.SIGKILL, ["--resume"])):
+    for kill, more in ((signal.SIGTERM, ["--steps", "60", "--save_every", "1000"]),
+                       (signal.SIGKILL, ["--resume"])):
         flags = more if "--resume" in more else [*TINY, "--data", str(corpus), *more]
         process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags],
                                    stdout=subprocess.PIPE, text=True)
         for row in process.stdout:
-            if row.startswith("step ") and int(row.split()[1].split("/")[0]) >= (10 if kill == signal.SIGTERM else 0):
+            if (row.startswith("step ")
+                    and int(row.split()[1].split("/")[0]) >= (10 if kill == signal.SIGTERM else 0)):
                 break
         process.send_signal(kill)
         rest = process.communicate(timeout=120)[0]
@@ -235,7 +252,8 @@ def test_a_signal_saves_and_ends_and_a_kill_leaves_the_last_checkpoint(corpus, t
     assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
 
 
-def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(run, fails, tmp_path, monkeypatch):
+def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(
+        run, fails, tmp_path, monkeypatch):
     out = run("--steps", 10, "--stop_at", 4)
     before = (out / "ckpt.pt").read_bytes()
     models, backward = [], train.backward
@@ -265,13 +283,16 @@ def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint
     (["--rank_ratio", "0"], ["rank_ratio is 0", "(0, 1]"]), (["--rank_ratio", "1.5"], ["rank_ratio is 1.5"]),
     (["--tokens_per_step", "1000"], ["--tokens_per_step 1000", "--tokens_per_step 1024"]),
     (["--batch_size", "3"], ["--batch_size 3", "16 sequences", "--batch_size 2"]),
-    (["--method", "adamw", "--no-orthogonalize"], ["--no-orthogonalize does not apply to --method adamw", "spectron"]),
+    (["--method", "adamw", "--no-orthogonalize"],
+     ["--no-orthogonalize does not apply to --method adamw", "spectron"]),
     (["--method", "dense", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method dense"]),
     (["--method", "dense-adamw", "--ns_steps", "3"], ["--ns_steps", "spectron or dense"]),
     (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum is 1"]),
-    (["--steps", "0"], ["--steps is 0"]), (["--lr", "-1"], ["--lr is -1"]), (["--lr", "nan"], ["--lr is nan"]),
-    (["--data", "nowhere"], ["nowhere", "python data.py text"]), (["--size", "S"], ["data/fineweb", "tools.download"]),
-    (["--spectra_of", "blocks.9.x"], ["blocks.9.x", "blocks.2.attention.o_proj"]), (["--size", "XL"], ["XL", "nano"]),
+    (["--steps", "0"], ["--steps is 0"]), (["--lr", "-1"], ["--lr is -1"]),
+    (["--lr", "nan"], ["--lr is nan"]), (["--data", "nowhere"], ["nowhere", "python data.py text"]),
+    (["--size", "S"], ["data/fineweb", "tools.download"]),
+    (["--spectra_of", "blocks.9.x"], ["blocks.9.x", "blocks.2.attention.o_proj"]),
+    (["--size", "XL"], ["XL", "nano"]),
     (["--resume"], ["--out"]), (["--resume", "--out", "nowhere"], ["nowhere", "python train.py"]),
     (["--method", "muon"], ["muon", "spectron"]), (["--steps", "many"], ["many"])])
 def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, monkeypatch, flags, fragments):
@@ -333,7 +354,8 @@ def test_a_dry_run_resolves_everything_and_trains_nothing(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     train.main(["--size", size, "--dry_run"])
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("parameters", "FLOPs", "tokens a step", "shard", "gradients", "optimizer"))
+    assert all(word in printed for word in ("parameters", "FLOPs", "tokens a step", "shard", "gradients",
+                                            "optimizer"))
     assert os.listdir(tmp_path) == []
     if size == "S":
         assert "121,7" in printed and "2,556 steps" in printed and "27 shard(s)" in printed

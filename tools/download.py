@@ -1,10 +1,12 @@
 """Fetch the pre-tokenized data, once and whole.
 
-    python -m tools.download fineweb -n 27          27 training shards of 100M GPT-2 tokens, and the validation shard
+    python -m tools.download fineweb -n 27          27 training shards of 100M GPT-2 tokens,
+                                                    and the validation shard
     python -m tools.download fineweb -n 157 --corpus fineweb100B        for size L and up
 
-The shards are the ones that the modded-nanogpt project publishes. A download that was cut goes on where it stopped; a
-file gets its name only after its size, its header and (where the server tells it) its SHA-256 were found right.
+The shards are the ones that the modded-nanogpt project publishes. A download that was cut goes on where it
+stopped; a file gets its name only after its size, its header and (where the server tells it) its SHA-256
+were found right.
 """
 
 import hashlib
@@ -35,10 +37,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
-    """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError for a bad file.
+    """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError
+    for a bad file.
 
-    Cut connections, server errors and bad files are tried again, ATTEMPTS times without progress, waiting twice as long
-    each time. UserError where it does not help, and at once for a file that is not there.
+    Cut connections, server errors and bad files are tried again, ATTEMPTS times without progress, waiting
+    twice as long each time. UserError where it does not help, and at once for a file that is not there.
     """
     part, failures, problem = Path(f"{path}.part"), 0, ""
     while failures < ATTEMPTS:
@@ -51,8 +54,8 @@ def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
             return part.replace(path)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
-                raise UserError(f"{url}: the server answers {error.code} {error.reason}. Is --url right, and -n no larger "
-                                "than what is published?") from None
+                raise UserError(f"{url}: the server answers {error.code} {error.reason}. Is --url right, "
+                                "and -n no larger than what is published?") from None
             problem = f"the server answers {error.code} {error.reason}"
         except UserError as error:
             part.unlink(missing_ok=True)
@@ -64,14 +67,14 @@ def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
         if failures < ATTEMPTS:
             print(f"\n{problem}; again in {pause * 2 ** (failures - 1):g} s", file=sys.stderr)
             time.sleep(pause * 2 ** (failures - 1))
-    raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. What has arrived is kept: the same "
-                    "command goes on from there")
+    raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. What has arrived is "
+                    "kept: the same command goes on from there")
 
 
 def _receive(url: str, part: Path, have: int) -> str | None:
     """Append what is missing to part; the SHA-256 of the whole, if the server says it."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "nanospectron"} if have
-                                     else {"User-Agent": "nanospectron"})
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "nanospectron"}
+                                     if have else {"User-Agent": "nanospectron"})
     redirects = _Redirects()
     try:
         answer = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
@@ -104,8 +107,8 @@ def _copy(answer, file, name: str, have: int, total: int | None) -> None:
         if seconds - shown > 0.5:
             shown, rate = seconds, (size - have) / seconds
             left = f"{(total - size) / rate:.0f} s left" if total else ""
-            print(f"\r{name}: {size / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left}  ",
-                  end="", file=sys.stderr, flush=True)
+            print(f"\r{name}: {size / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+                  f"{left}  ", end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)
 
@@ -122,13 +125,13 @@ def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) ->
     missing = [name for name in names if not _whole(out / name)]
     need, free = len(missing) * SHARD_BYTES, shutil.disk_usage(out).free
     if url.startswith("https://huggingface.co") and need > free:
-        raise UserError(f"{len(missing)} shards need {need / 1e9:.0f} GB and {out} has {free / 1e9:.0f} GB free: "
-                        f"-n {max(0, int(free / SHARD_BYTES) - 1)} fits")
+        raise UserError(f"{len(missing)} shards need {need / 1e9:.0f} GB and {out} has {free / 1e9:.0f} GB "
+                        f"free: -n {max(0, int(free / SHARD_BYTES) - 1)} fits")
     for number, name in enumerate(missing, 1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
         fetch(f"{url}/{name}", out / name, open_shard, pause)
-    print(f"{out}: {count} training shards and one for validation. Train: torchrun --nproc_per_node=8 train.py --size S"
-          f" --data {out}")
+    print(f"{out}: {count} training shards and one for validation. Train: torchrun --nproc_per_node=8 "
+          f"train.py --size S --data {out}")
 
 
 def _whole(path: Path) -> bool:
@@ -143,14 +146,16 @@ def main(argv=None):
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
     command = commands.add_parser("fineweb", description="pre-tokenized FineWeb, GPT-2 tokens")
-    command.add_argument("-n", type=int, default=27, help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
+    command.add_argument("-n", type=int, default=27,
+                         help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
     command.add_argument("--corpus", choices=list(SHARDS), default="fineweb10B", help="(fineweb10B)")
     command.add_argument("--out", type=Path, default=Path("data/fineweb"), help="directory (data/fineweb)")
     command.add_argument("--url", help=f"base of the files' addresses ({URL.format(corpus='<corpus>')})")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= SHARDS[args.corpus]:
         raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
-                        + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0 else ""))
+                        + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0
+                           else ""))
     fineweb(args.n, args.corpus, args.out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
 
 

@@ -17,9 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cli
-from plot import read_log
+from plot import COLOURS, plt, read_log
 
 RESULTS, STEPS = Path("results/nano"), 300
+SHOWN = {"both": "Spectron", "orthogonalize": "orthogonalize only (Muon on the factors)",
+         "renormalize": "renormalize only", "neither": "neither (SGD)", "adamw": "AdamW on the factors",
+         "dense": "dense, Muon", "dense-adamw": "dense, AdamW"}
+TOP = 2.4  # nats: the figure ends here
 ARMS = {  # name -> (flags, learning rates)
     "both": ([], [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]),
     "orthogonalize": (["--no-renormalize"], [0.005, 0.01, 0.02, 0.04, 0.08]),
@@ -78,6 +82,23 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def figure(path: Path) -> None:
+    """Loss after the last step over the learning rate, a line for each arm of a grid; diverged runs at the top."""
+    fig, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")
+    for i, (arm, (_, lrs)) in enumerate((arm, spec) for arm, spec in ARMS.items() if arm in SHOWN):
+        losses = [(lr, final_loss(log)) for lr in lrs if (log := RESULTS / f"{arm}-{lr:g}.jsonl").exists()]
+        ax.plot(*zip(*[(lr, min(loss or TOP, TOP)) for lr, loss in losses]), "osD^vPX"[i] + "-", color=COLOURS[i],
+                label=SHOWN[arm], ms=5)
+    ax.axhline(TOP, color="0.6", lw=0.8, ls=":")
+    ax.set(xscale="log", xlabel="learning rate of the block matrices", ylim=(None, TOP + 0.05),
+           ylabel=f"validation loss after {STEPS} steps (nats per byte)")
+    ax.text(0.01, TOP - 0.01, f"{TOP} and above, or diverged", transform=ax.get_yaxis_transform(), va="top",
+            fontsize=8, color="0.4")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize=9)
+    fig.savefig(path, dpi=150)
+
+
 @cli.command
 def main(argv=None):
     parser = cli.Parser(__doc__)
@@ -88,6 +109,7 @@ def main(argv=None):
             list(pool.map(lambda job: run(*job), [(arm, lr) for arm, (_, lrs) in ARMS.items() for lr in lrs]))
     text = table()
     (RESULTS / "table.md").write_text(text)
+    figure(RESULTS / "lr.png")
     print(text)
 
 
