@@ -25,9 +25,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
-            self.error(f"unknown flag or argument {flag}"
-                       + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            self.error(f"unknown flag or argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
         return args, unknown
+
+    def error(self, message):
+        raise UserError(message if "--help" in message else f"{message}; see --help")
 
 
 def command(main):

@@ -230,7 +230,8 @@ class Llama(nn.Module):
                                     for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
-        self.register_buffer("rope", rope_table(config.seq_len, D // config.n_heads), persistent=False)
+        rope = rope_table(config.seq_len, D // config.n_heads).to(torch.get_default_device())
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -346,7 +346,8 @@ def main(argv=None):
         corpus = open_corpus(c, rank)
         out = (Path(c.out) if checkpoint
                else new_directory(c, given.get("overwrite", False)) if rank == 0 else None)
-        run(argv, c, corpus, checkpoint, out, stop, device, rank, ranks)
+        with signals_caught() as stopping:
+            run(argv, c, corpus, checkpoint, out, stop, stopping, device, rank, ranks)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -376,23 +377,27 @@ def open_corpus(c, rank: int):
         return train, val, None
 
 
-def catch_signals() -> list:
+@contextmanager
+def signals_caught():
     """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step; a second
-    one kills."""
-    caught = []
+    one interrupts."""
+    caught, main_thread = [], threading.current_thread() is threading.main_thread()
 
     def handle(number, frame):
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, handle)
-    return caught
+    old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
-def run(argv, c, corpus, checkpoint, out, stop: int, device, rank: int, ranks: int) -> None:
-    """Train from the checkpoint, or from the start, to step `stop`; rank 0 logs and saves in `out`."""
+def run(argv, c, corpus, checkpoint, out, stop: int, stopping: list, device, rank: int, ranks: int) -> None:
+    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `stopping`; rank 0
+    logs and saves in `out`."""
     train, val, tokenizer = corpus
     torch.manual_seed(c.seed)
     with torch.device(device):
@@ -418,8 +423,7 @@ def run(argv, c, corpus, checkpoint, out, stop: int, device, rank: int, ranks: i
         log = open(out / "log.jsonl", "a")
         print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
         print(settings.describe(c, model, train, ranks), flush=True)
-    # the speed of the next logged step is counted from the marker
-    stopping, marker = catch_signals(), (step, seconds)
+    marker = step, seconds  # the speed of the next logged step is counted from here
     while step < stop:
         started, fraction = time.perf_counter(), schedule(step, c.steps)
         loss = backward(network, train, c, step, device, rank, ranks)

@@ -83,12 +83,12 @@ def table() -> str:
 
 
 def figure(path: Path) -> None:
-    """Loss after the last step over the learning rate, a line for each arm of a grid; diverged runs at the top."""
+    """Loss after the last step over the learning rate, a line for each arm; diverged runs at the top."""
     fig, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")
-    for i, (arm, (_, lrs)) in enumerate((arm, spec) for arm, spec in ARMS.items() if arm in SHOWN):
-        losses = [(lr, final_loss(log)) for lr in lrs if (log := RESULTS / f"{arm}-{lr:g}.jsonl").exists()]
-        ax.plot(*zip(*[(lr, min(loss or TOP, TOP)) for lr, loss in losses]), "osD^vPX"[i] + "-", color=COLOURS[i],
-                label=SHOWN[arm], ms=5)
+    for i, arm in enumerate(SHOWN):
+        logs = {lr: RESULTS / f"{arm}-{lr:g}.jsonl" for lr in ARMS[arm][1]}
+        losses = [(lr, min(final_loss(log) or TOP, TOP)) for lr, log in logs.items() if log.exists()]
+        ax.plot(*zip(*losses), "osD^vPX"[i] + "-", color=COLOURS[i], label=SHOWN[arm], ms=5)
     ax.axhline(TOP, color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="learning rate of the block matrices", ylim=(None, TOP + 0.05),
            ylabel=f"validation loss after {STEPS} steps (nats per byte)")
