@@ -11,6 +11,7 @@ and the table says so.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ RESULTS, STEPS = Path("results/nano"), 300
 SHOWN = {"both": "Spectron", "orthogonalize": "orthogonalize only (Muon on the factors)",
          "renormalize": "renormalize only", "neither": "neither (SGD)", "adamw": "AdamW on the factors",
          "dense": "dense, Muon", "dense-adamw": "dense, AdamW"}
+CLOSE, SEEDS = ("both", "orthogonalize", "dense"), (0, 1, 2)  # so near each other that a seed could turn them
 TOP = 2.4  # nats: the figure ends here
 ARMS = {  # name -> (flags, learning rates)
     "both": ([], [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4]),
@@ -39,13 +41,18 @@ ARMS = {  # name -> (flags, learning rates)
 }
 
 
-def run(arm: str, lr: float) -> None:
+def log_of(arm: str, lr: float, seed: int = 0) -> Path:
+    return RESULTS / (f"{arm}-{lr:g}" + (f"-seed{seed}" if seed else "") + ".jsonl")
+
+
+def run(arm: str, lr: float, seed: int = 0) -> None:
     """One run, unless its log is there; a diverged run keeps the log it has, and its message."""
-    log, out = RESULTS / f"{arm}-{lr:g}.jsonl", Path(f"out/sweep/{arm}-{lr:g}")
+    log = log_of(arm, lr, seed)
     if log.exists():
         return
-    flags = [*ARMS[arm][0], "--lr", f"{lr:g}", "--steps", str(STEPS), "--eval_every", str(STEPS // 3),
-             "--save_every", str(STEPS), "--out", str(out), "--overwrite"]
+    out = Path("out/sweep") / log.stem
+    flags = [*ARMS[arm][0], "--lr", f"{lr:g}", "--seed", str(seed), "--steps", str(STEPS), "--overwrite",
+             "--eval_every", str(STEPS // 3), "--save_every", str(STEPS), "--out", str(out)]
     done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode and "non-finite" not in done.stderr:
@@ -53,7 +60,7 @@ def run(arm: str, lr: float) -> None:
     text = (out / "log.jsonl").read_text()
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(text + (json.dumps({"diverged": done.stderr.strip()}) + "\n" if done.returncode else ""))
-    print(f"{arm} lr {lr:g}: {final_loss(log) or 'diverged'}", flush=True)
+    print(f"{arm} lr {lr:g} seed {seed}: {final_loss(log) or 'diverged'}", flush=True)
 
 
 def final_loss(log: Path) -> float | None:
@@ -63,31 +70,37 @@ def final_loss(log: Path) -> float | None:
     return last["val_loss"] if last.get("step") == header["config"]["steps"] else None
 
 
+def grid(arm: str) -> dict[float, float | None]:
+    """The learning rates that were run, and what each came to."""
+    return {lr: final_loss(log_of(arm, lr)) for lr in ARMS[arm][1] if log_of(arm, lr).exists()}
+
+
+def best(arm: str) -> float:
+    losses = {lr: loss for lr, loss in grid(arm).items() if loss is not None}
+    return min(losses, key=losses.get)
+
+
 def table() -> str:
-    """Each arm at each learning rate and at its best, as Markdown."""
-    rows = [f"Validation loss of nano after {STEPS} steps of 4,096 tokens, seed 0; "
-            "`python -m tools.sweep` makes it.\n",
-            "| arm | best lr | loss at best | every lr: loss |", "|---|---|---|---|"]
-    for arm, (_, lrs) in ARMS.items():
-        logs = {lr: RESULTS / f"{arm}-{lr:g}.jsonl" for lr in lrs}
-        losses = {lr: final_loss(log) for lr, log in logs.items() if log.exists()}
-        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-        if not finite:
-            continue
-        best = min(finite, key=finite.get)
-        edge = " (edge of the grid)" if len(lrs) > 1 and best in (min(losses), max(losses)) else ""
-        every = ", ".join(f"{lr:g}: {f'{loss:.3f}' if loss is not None else 'diverged'}"
-                          for lr, loss in losses.items())
-        rows.append(f"| {arm} | {best:g}{edge} | {finite[best]:.3f} | {every} |")
+    """Each arm at each learning rate, and at its best with the seeds that were run, as Markdown."""
+    rows = [f"Validation loss (nats per byte) of nano after {STEPS} steps of 4,096 tokens: `python -m tools.sweep`.\n"
+            "Mean and standard deviation over the seeds at the best lr; the grid is seed 0.\n",
+            "| arm | best lr | seeds | loss at best | every lr: loss |", "|---|---|---|---|---|"]
+    for arm in ARMS:
+        losses, lr = grid(arm), best(arm)
+        seeds = [final_loss(log_of(arm, lr, seed)) for seed in SEEDS if log_of(arm, lr, seed).exists()]
+        spread = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
+        edge = " (edge of the grid)" if len(losses) > 1 and lr in (min(losses), max(losses)) else ""
+        every = ", ".join(f"{x:g}: " + ("diverged" if y is None else f"{y:.3f}") for x, y in losses.items())
+        mean = f"{statistics.mean(seeds):.3f}{spread}"
+        rows.append(f"| {arm} | {lr:g}{edge} | {len(seeds)} | {mean} | {every} |")
     return "\n".join(rows) + "\n"
 
 
 def figure(path: Path) -> None:
     """Loss after the last step over the learning rate, a line for each arm; diverged runs at the top."""
-    fig, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 4.3), layout="constrained")
     for i, arm in enumerate(SHOWN):
-        logs = {lr: RESULTS / f"{arm}-{lr:g}.jsonl" for lr in ARMS[arm][1]}
-        losses = [(lr, min(final_loss(log) or TOP, TOP)) for lr, log in logs.items() if log.exists()]
+        losses = [(lr, min(loss or TOP, TOP)) for lr, loss in grid(arm).items()]
         ax.plot(*zip(*losses), "osD^vPX"[i] + "-", color=COLOURS[i], label=SHOWN[arm], ms=5)
     ax.axhline(TOP, color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="learning rate of the block matrices", ylim=(None, TOP + 0.05),
@@ -95,7 +108,7 @@ def figure(path: Path) -> None:
     ax.text(0.01, TOP - 0.01, f"{TOP} and above, or diverged", transform=ax.get_yaxis_transform(), va="top",
             fontsize=8, color="0.4")
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     fig.savefig(path, dpi=150)
 
 
@@ -107,6 +120,7 @@ def main(argv=None):
     if not args.table:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: run(*job), [(arm, lr) for arm, (_, lrs) in ARMS.items() for lr in lrs]))
+            list(pool.map(lambda job: run(*job), [(arm, best(arm), seed) for arm in CLOSE for seed in SEEDS]))
     text = table()
     (RESULTS / "table.md").write_text(text)
     figure(RESULTS / "lr.png")
