@@ -82,7 +82,7 @@ def best(arm: str) -> float:
 
 def table() -> str:
     """Each arm at each learning rate, and at its best with the seeds that were run, as Markdown."""
-    rows = [f"Validation loss (nats per byte) of nano after {STEPS} steps of 4,096 tokens (python -m tools.sweep).\n"
+    rows = [f"Validation loss (nats per byte) of nano after {STEPS} steps of 4,096 tokens (tools/sweep.py).\n"
             "Mean and standard deviation over the seeds at the best lr; the grid is seed 0.\n",
             "| arm | best lr | seeds | loss at best | every lr: loss |", "|---|---|---|---|---|"]
     for arm in ARMS:
