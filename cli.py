@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message if "--help" in message else f"{message}; see --help")
 
 
+def positive(text: str) -> int:
+    """For add_argument(type=...): an int of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number of at least 1")
+    return int(text)
+
+
 def command(main):
     """A main(argv) whose UserError ends the program: its message on stderr (once, from rank 0) and exit
     code 2."""
@@ -39,8 +46,8 @@ def command(main):
     def run(argv=None):
         try:
             return main(argv)
-        except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+        except (UserError, OSError) as error:  # an OSError names its file and what is wrong with it
+            if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
                 print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return run

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ from cli import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 SHARD_TOKENS = 100_000_000
+WINDOW = 257  # tokens that a split has at least: one window of nano
 SEPARATOR = "<|endoftext|>"  # stands before each document
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "distutils",
                    "site-packages", "__pycache__"}  # absent on many installs, or near-duplicates
@@ -105,7 +107,7 @@ def open_shard(path: Path, rebuild: str = "python -m tools.download fineweb -n 2
     """The tokens of a shard, memory-mapped, uint16. UserError unless magic, version and size are what they
     should be."""
     def refuse(what):
-        raise UserError(f"{path}: {what}. Delete it and build it again: {rebuild}")
+        raise UserError(f"{path}: {what}. Build it again: {rebuild}")
 
     size = path.stat().st_size
     if size < HEADER_BYTES:
@@ -127,9 +129,10 @@ class Split:
     dropped."""
 
     def __init__(self, directory: Path, split: str, seq_len: int, vocab_size: int, rebuild: str):
-        self.paths = sorted(directory.glob(f"*{split}*.bin"))
+        name = re.compile(rf"(.*[_-])?{split}([_-]?\d+)?\.bin")  # train_000000.bin, fineweb_train_000001.bin
+        self.paths = sorted(path for path in directory.glob("*.bin") if name.fullmatch(path.name))
         if not self.paths:
-            raise UserError(f"{directory} has no *{split}*.bin. Build it: {rebuild}")
+            raise UserError(f"{directory} has no shard like {split}_000000.bin. Build it: {rebuild}")
         self.shards = [open_shard(path, rebuild) for path in self.paths]
         self.seq_len, self.vocab_size, self.rebuild = seq_len, vocab_size, rebuild
         self.tokens = sum(len(shard) for shard in self.shards)
@@ -186,11 +189,13 @@ def read_meta(directory: Path) -> dict:
 
 def rebuild_command(directory: Path) -> str:
     """What to type so that these shards exist (again)."""
-    if directory.name == "stdlib":
-        return f"python data.py stdlib --out {directory}"
     if "fineweb" in directory.name:
         return f"python -m tools.download fineweb -n 27 --out {directory}"
-    return f"python data.py text FILE... --tokenizer gpt2 --out {directory}"
+    remove = f"rm -r {directory} && " if directory.exists() else ""
+    if directory.name == "stdlib":
+        return f"{remove}python data.py stdlib --out {directory}"
+    tokenizer = read_meta(directory)["tokenizer"] if directory.exists() else "gpt2"
+    return f"{remove}python data.py text FILE... --tokenizer {tokenizer} --out {directory}"
 
 
 def open_data(directory, seq_len: int, vocab_size: int | None = None) -> tuple[Split, Split, str]:
@@ -276,9 +281,9 @@ def write_corpus(texts, tokenizer_name: str, out, source: str, quiet: bool = Fal
     """Tokenize texts into the shards of a new directory `out`, in parallel and in flat memory; returns its
     meta.json.
 
-    Validation is the 2% of the documents with the lowest hashes, and always the lowest of all, so equal
-    documents share a split. Everything is written beside `out` and renamed at the end. UserError if `out`
-    exists, or nothing is in a split.
+    Validation is the 2% of the documents with the lowest hashes, and at least one window of them, so that
+    equal documents share a split. Everything is written beside `out` and renamed at the end. UserError if
+    `out` exists, or a split comes to less than a window.
     """
     out = Path(out)
     if out.exists():
@@ -299,18 +304,22 @@ def write_corpus(texts, tokenizer_name: str, out, source: str, quiet: bool = Fal
 def _tokenize(texts, tokenizer, directory, quiet):
     splits = {split: _ShardWriter(directory, split) for split in ("train", "val")}
     documents, size, started, shown = 0, 0, time.time(), 0.0
-    lowest, held = 2**64, []  # the documents of the lowest hash so far wait for the end
+    held = {}  # hash -> documents: the lowest so far, which together make one window, wait for the end
+
+    def place(hashed, tokens):
+        splits["val" if hashed < 0.02 * 2**64 else "train"].add(tokens)
+
     for data, tokens in _encoded(texts, tokenizer):
         documents, size = documents + 1, size + len(data)
-        rank = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-        if rank <= lowest:
-            if rank < lowest:
-                for old in held:
-                    splits["val" if lowest < 0.02 * 2**64 else "train"].add(old)
-                lowest, held = rank, []
-            held.append(tokens)
+        hashed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+        if held and hashed > max(held) and _total(held) >= WINDOW:
+            place(hashed, tokens)
         else:
-            splits["val" if rank < 0.02 * 2**64 else "train"].add(tokens)
+            held.setdefault(hashed, []).append(tokens)
+            while _total(held, without=max(held)) >= WINDOW:
+                highest = max(held)
+                for old in held.pop(highest):
+                    place(highest, old)
         seconds = time.time() - started
         if not quiet and seconds - shown > 1:
             shown = seconds
@@ -319,15 +328,20 @@ def _tokenize(texts, tokenizer, directory, quiet):
                   f"{total / seconds:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)
-    for tokens in held:
+    for tokens in sum(held.values(), []):
         splits["val"].add(tokens)
     for name, split in splits.items():
         split.close()
-        if split.total < 2:
-            raise UserError(f"{documents} documents ({size:,} bytes) leave no text for the {name} split: "
-                            "give more text (a .txt is cut at blank lines into documents of about 4 kB)")
+        if split.total < WINDOW:
+            raise UserError(f"{documents} documents ({size:,} bytes) leave {split.total} tokens for the "
+                            f"{name} split, fewer than one window of {WINDOW}: give more text (a .txt is cut "
+                            "at blank lines into documents of about 4 kB)")
     return {"documents": documents, "bytes": size, "train_tokens": splits["train"].total,
             "val_tokens": splits["val"].total, "seconds": round(time.time() - started, 1)}
+
+
+def _total(held: dict, without=None) -> int:
+    return sum(len(tokens) for hashed, group in held.items() if hashed != without for tokens in group)
 
 
 def _encoded(texts, tokenizer):

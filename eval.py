@@ -16,32 +16,48 @@ import cli
 from cli import UserError
 from data import Split, get_tokenizer, open_data, token_bytes
 from model import Llama, LlamaConfig
+from settings import choose_device
 
 
-def load_checkpoint(path, device="cpu") -> dict:
-    """The dictionary in out/run/ckpt.pt. UserError where there is none, or it is not one of ours."""
+BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
+
+
+def load_checkpoint(path) -> dict:
+    """What train.py saved in out/run/ckpt.pt, on the CPU. UserError where there is none, or it is damaged."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no checkpoint: {path} does not exist. Runs are in out/; make one with: "
                         "python train.py")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint["model"], checkpoint["config"]["model"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        [checkpoint[key] for key in ("model", "optimizers", "step", "seconds")]
+        for key in "model", "method", "tokenizer", "data", "seq_len", "dtype", "steps":
+            checkpoint["config"][key]
+    except BROKEN as error:
+        raise UserError(f"{path} is damaged, or not a checkpoint of train.py "
+                        f"({type(error).__name__})") from None
     return checkpoint
+
+
+def load_model(checkpoint: dict, device) -> Llama:
+    """The model of a checkpoint. UserError where its weights do not fit its config."""
+    try:
+        with torch.device(device):
+            model = Llama(LlamaConfig(**checkpoint["config"]["model"]))
+        model.load_state_dict(checkpoint["model"])
+    except BROKEN as error:
+        raise UserError("the checkpoint is damaged: its weights do not fit its config "
+                        f"({type(error).__name__})") from None
+    return model
 
 
 def load_run(path, device="cpu"):
     """(model, tokenizer, config) of a finished or stopped run, the model in evaluation mode. UserError if
     there is none."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    with torch.device(device):
-        model = Llama(LlamaConfig(**config["model"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), get_tokenizer(config["tokenizer"]), config
+    return load_model(checkpoint, device).eval(), get_tokenizer(config["tokenizer"]), config
 
 
 def precision(device, dtype: str):
@@ -86,14 +102,13 @@ def main(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("run", help="directory of a run, e.g. out/nano-spectron-00, or its ckpt.pt")
     parser.add_argument("--data", help="directory of shards (the one it was trained on)")
-    parser.add_argument("--eval_tokens", type=int, default=100_000_000,
+    parser.add_argument("--eval_tokens", type=cli.positive, default=100_000_000,
                         help="validation tokens at most (100,000,000)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at once: memory only (8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, mps")
+    parser.add_argument("--batch_size", type=cli.positive, default=8, help="memory only (8)")
+    parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
     parser.add_argument("--json", help="also write the scores to this file")
     args = parser.parse_args(argv)
-    model, tokenizer, config = load_run(args.run, args.device)
+    model, tokenizer, config = load_run(args.run, choose_device(args.device))
     directory = args.data or config["data"]
     _, val, made_with = open_data(directory, config["seq_len"], config["model"]["vocab_size"])
     if made_with != config["tokenizer"]:

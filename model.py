@@ -88,7 +88,8 @@ class FactorizedLinear(nn.Module):
     @torch.no_grad()
     def set_weight(self, W: Tensor) -> None:
         """Spectral initialisation: the factors of the best approximation of W (m, n)."""
-        A, B = spectral_factors(W.to(self.A.device, torch.promote_types(W.dtype, torch.float32)), self.rank)
+        device = "cpu" if self.A.device.type == "mps" else self.A.device  # mps has no eigh
+        A, B = spectral_factors(W.to(device, torch.promote_types(W.dtype, torch.float32)), self.rank)
         self.A.copy_(A)
         self.B.copy_(B)
 

@@ -19,8 +19,7 @@ LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "second
           "dW": r"$\|\Delta W\|_2$ of a step", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
-DULL = {"out", "data_tokens", "given", "model", "stop_at", "micro_steps", "device", "overwrite", "resume",
-        "dry_run"}
+DULL = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device"}
 
 
 def read_log(run) -> tuple[dict, list[dict]]:
@@ -30,7 +29,8 @@ def read_log(run) -> tuple[dict, list[dict]]:
     if not path.is_file():
         raise UserError(f"no log: {path} does not exist. Runs are in out/; make one with: python train.py")
     try:
-        records = [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
+        rows = path.read_text().splitlines(keepends=True)
+        records = [json.loads(row) for row in rows if row.endswith("\n")]  # the last may be torn by a kill
         return next(r for r in records if "config" in r), [r for r in records if "step" in r]
     except (ValueError, StopIteration, TypeError):
         raise UserError(f"{path} is not a log of train.py: expected JSON lines, the first one "
@@ -38,14 +38,17 @@ def read_log(run) -> tuple[dict, list[dict]]:
 
 
 def labels(configs: list[dict]) -> list[str]:
-    """A name for each run, of the settings in which the runs differ."""
+    """A name for each run, of the settings in which the runs differ; and its directory, if two are alike."""
     keys = [key for key in configs[0]
             if key not in DULL and len({json.dumps(c.get(key)) for c in configs}) > 1]
-    flag = {True: "{}", False: "no {}"}
-    return [", ".join(flag[value].format(key) if isinstance(value, bool)
-                      else f"{value}" if key == "method" else f"{key} {value}"
-                      for key, value in ((key, c.get(key)) for key in keys)) or c["method"]
-            for c in configs]
+
+    def say(key, value):
+        if isinstance(value, bool):
+            return key if value else f"no {key}"
+        return str(value) if key == "method" else f"{key} {value}"
+    names = [", ".join(say(key, c[key]) for key in keys if c.get(key) is not None) or c.get("method", "run")
+             for c in configs]
+    return [name if names.count(name) == 1 else f"{name} ({c['out']})" for name, c in zip(names, configs)]
 
 
 def figure(runs, out, x="step", y=None) -> None:
@@ -88,6 +91,8 @@ def main(argv=None):
     parser.add_argument("--x", choices=["step", "tokens", "flops", "seconds"], default="step")
     parser.add_argument("--y", choices=["val_loss", "loss", "dW", "W", "gauge"], default="val_loss")
     args = parser.parse_args(argv)
+    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {args.out}: expected a name that ends in .png, .pdf or .svg")
     figure(args.runs, args.out, args.x, args.y)
     print(args.out)
 

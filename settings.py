@@ -26,7 +26,7 @@ COMMON = dict(weight_decay=0.0, seed=0, factorize="all", orthogonalize=True, ren
               power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, eval_tokens=10 * 2**20,
               spectra_every=10, stop_at=None, out=None)
 # The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/nano/table.md
-NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.4, (False, False): 10.0}
+NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 1.0}
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
               "stop_at"}  # at --resume
 ACTIONS = {"resume", "overwrite", "dry_run"}  # what to do with a run, not a setting of it
@@ -95,10 +95,11 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
     """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults,
     which follow from size, method and hardware. UserError where one makes no sense."""
     settings = {key: value for key, value in given.items() if key not in ACTIONS}
-    device = given.get("device") or next(d for d in ("cuda", "mps", "cpu") if available(d))
+    device = choose_device(given.get("device"), planned="dry_run" in given)
     if saved:
         check_resume(settings, saved)
-        c = SimpleNamespace(**{**saved, "stop_at": None, **settings, "device": device})
+        compiles = saved["compile"] and device == saved["device"]
+        c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **settings, "device": device})
     else:
         size, method = given.get("size", "nano"), given.get("method", "spectron")
         check_method(settings, methods, method)
@@ -111,7 +112,7 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
                        else "bytes" if size == "nano" else "gpt2")
         c.model = asdict(replace(SIZES[size], vocab_size=data.padded_vocab(c.tokenizer), seq_len=c.seq_len,
                                  rank_ratio=c.rank_ratio, factorize=c.factorize))
-    check_values(settings, device)
+    check_values(settings)
     split_batch(c, "batch_size" in given, ranks)
     return c
 
@@ -139,6 +140,15 @@ def paper_steps(size: str, dense: bool) -> int:
     return math.ceil(20 * parameters / 2**20)
 
 
+def choose_device(device: str | None, planned: bool = False) -> str:
+    """The device asked for, or the first that is there. UserError if it is not, unless it is only planned."""
+    found = [d for d in ("cuda", "mps", "cpu") if available(d)]
+    if device and device not in found and not planned:
+        raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
+                        + " or ".join(found))
+    return device or found[0]
+
+
 def available(device: str) -> bool:
     return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
             "cpu": lambda: True}[device]()
@@ -150,7 +160,7 @@ def native_bf16(device: str) -> bool:
     if device == "cpu":
         return any(getattr(torch.cpu, probe, lambda: False)()
                    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cuda" and (not available("cuda") or torch.cuda.is_bf16_supported(False))
 
 
 ########################################
@@ -164,6 +174,9 @@ def check_method(settings: dict, methods: dict, name: str) -> None:
         written = f"--no-{flag}" if settings[flag] is False else f"--{flag}"
         raise UserError(f"{written} does not apply to --method {name}; it is a flag of --method "
                         + " or ".join(other for other in methods if flag in methods[other].flags))
+    for flag, toggle in ("ns_steps", "orthogonalize"), ("power_steps", "renormalize"):
+        if flag in settings and settings.get(toggle) is False:
+            raise UserError(f"--{flag} has no effect with --no-{toggle}: leave one of them out")
     if "muon_lr" in settings and settings.get("factorize") != "ffn":
         raise UserError("--muon_lr is for the dense matrices that --factorize ffn leaves: add that, "
                         "or drop it")
@@ -176,21 +189,20 @@ def check_ratio(c) -> None:
         raise UserError(f"--{error}; e.g. --rank_ratio 0.25") from None
 
 
-def check_values(settings: dict, device: str) -> None:
-    """UserError for a number out of its range, and for hardware that is not there."""
+def check_values(settings: dict) -> None:
+    """UserError for a number out of its range."""
     for flag in ("steps", "tokens_per_step", "batch_size", "seq_len", "ns_steps", "power_steps", "eval_every",
                  "eval_tokens", "save_every", "spectra_every", "stop_at"):
         if settings.get(flag, 1) < 1:
             raise UserError(f"--{flag} is {settings[flag]}, and has to be at least 1")
-    for flag in "lr", "adam_lr", "muon_lr", "weight_decay", "seed":
+    for flag in "lr", "adam_lr", "muon_lr", "weight_decay":
         if not 0 <= settings.get(flag, 0) < math.inf:
             raise UserError(f"--{flag} is {settings[flag]}, and has to be a number of at least 0")
+    if not 0 <= settings.get("seed", 0) < 2**63:
+        raise UserError(f"--seed is {settings['seed']}, and has to be in [0, 2^63)")
     if not 0 <= settings.get("momentum", 0) < 1:
         raise UserError(f"--momentum is {settings['momentum']}, and has to be in [0, 1); "
                         "e.g. --momentum 0.95")
-    if not available(device):
-        raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
-                        + " or ".join(d for d in ("cuda", "mps", "cpu") if available(d)))
 
 
 def check_resume(settings: dict, saved: dict) -> None:

@@ -51,12 +51,6 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tenso
     return sigma, u
 
 
-def spectral_norm(M: Tensor) -> Tensor:
-    """||M||_2 of M (..., p, q), exactly, from the smaller Gram matrix; waits for the GPU."""
-    gram = M @ M.mT if M.size(-2) < M.size(-1) else M.mT @ M
-    return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
-
-
 def batched(function, *columns: list[Tensor]) -> list:
     """[function(*row) for row in zip(*columns)], with the rows of equal shape stacked into one call."""
     by_shape, results = {}, [None] * len(columns[0])
@@ -100,7 +94,7 @@ class Spectron(torch.optim.Optimizer):
             for i, pair in enumerate(pairs):
                 generator = torch.Generator().manual_seed(i)  # the same u on every rank
                 for p in (p for p in pair if not self.state[p]):
-                    u = torch.randn(p.size(0), generator=generator).to(p)
+                    u = torch.randn(p.size(0), generator=generator, device="cpu").to(p)
                     _, u = power_iteration(p, u, steps=20)  # one step from cold would leave sigma too low
                     self.state[p].update(momentum_buffer=torch.zeros_like(p), u=u)
             if pairs := [pair for pair in pairs if all(p.grad is not None for p in pair)]:
@@ -116,7 +110,8 @@ class Spectron(torch.optim.Optimizer):
         if group["orthogonalize"]:
             D = batched(lambda d: newton_schulz(d.to(group["ns_dtype"] or d.dtype), group["ns_steps"]), D)
         elif group["renormalize"]:
-            D = batched(lambda d: d / spectral_norm(d)[:, None, None].clamp_min(torch.finfo(d.dtype).tiny), D)
+            norms = [torch.linalg.matrix_norm(d, ord=2) for d in D]  # exact, by an SVD that waits for the GPU
+            D = [d / norm.clamp_min(torch.finfo(d.dtype).tiny) for d, norm in zip(D, norms)]
         if group["renormalize"]:  # by the factors as they are before this update
             u = [state["u"] for state in states]
             sigmas = batched(lambda W, u: power_iteration(W, u, group["power_steps"]), factors, u)

@@ -12,6 +12,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,9 +35,9 @@ import plot
 import sample
 import settings
 from cli import UserError
-from eval import load_checkpoint, precision, validate
+from eval import BROKEN, load_checkpoint, load_model, precision, validate
 from model import Llama, LlamaConfig, block_matrices, split_parameters
-from spectron import Spectron, spectral_norm
+from spectron import Spectron
 
 FINAL_EVAL_TOKENS = 100_000_000
 WARMUP = 0.05  # of the steps
@@ -63,9 +65,11 @@ def muon(params, lr, c):
 
 def spectron_optimizers(model, c):
     pairs, dense, others = split_parameters(model)
-    spectron = Spectron(pairs, c.lr, c.momentum, c.weight_decay, c.nesterov, c.shape_scale, c.ns_steps,
-                        c.power_steps, torch.bfloat16 if c.dtype == "bfloat16" else None,
-                        c.orthogonalize, c.renormalize)
+    spectron = Spectron(
+        pairs, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov,
+        shape_scale=c.shape_scale, ns_steps=c.ns_steps, power_steps=c.power_steps,
+        orthogonalize=c.orthogonalize, renormalize=c.renormalize,
+        ns_dtype=torch.bfloat16 if c.dtype == "bfloat16" else None)
     return [spectron, *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
 
 
@@ -96,7 +100,7 @@ METHODS = {
     "spectron": Method(False, spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
     "adamw": Method(False, adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
     "dense": Method(True, muon_optimizers, 0.02, 0.02, MUON_FLAGS),
-    "dense-adamw": Method(True, adamw_optimizers, 6e-4, 3e-3),
+    "dense-adamw": Method(True, adamw_optimizers, 6e-4, 1e-3),
 }
 
 
@@ -173,7 +177,11 @@ def sum_over_ranks(*values) -> list[float]:
 def product_norm(A, B) -> torch.Tensor:
     """||A B^T||_2, exactly, from the triangles of two QRs: A (m, k), B (n, k), and never an m x n matrix."""
     R_A, R_B = (torch.linalg.qr(X, mode="r")[1] for X in (A, B))
-    return spectral_norm(R_A @ R_B.T)
+    return norm(R_A @ R_B.T)
+
+
+def norm(M) -> torch.Tensor:
+    return torch.linalg.matrix_norm(M, ord=2)
 
 
 def finite(x) -> float | None:
@@ -203,11 +211,11 @@ class Spectra:
         step."""
         if len(self.weights) == 1:
             W, W0 = *self._float64(self.weights), *self.old
-            norms = {"dW": spectral_norm(W - W0), "W": spectral_norm(W)}
+            norms = {"dW": norm(W - W0), "W": norm(W)}
         else:
             (A, B), (A0, B0), states = (self._float64(self.weights), self.old,
                                         [self.state[p] for p in self.weights])
-            sigma_A, sigma_B = (state.get("sigma", spectral_norm(p)) for state, p in zip(states, self.old))
+            sigma_A, sigma_B = (state.get("sigma", norm(p)) for state, p in zip(states, self.old))
             dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
             norms = {"dW": dW, "W": product_norm(A, B), "sigma_A": sigma_A, "sigma_B": sigma_B,
                      "rho": states[0].get("rho")}
@@ -219,8 +227,16 @@ class Spectra:
 #        What a run leaves behind      #
 ########################################
 
-def new_directory(c, overwrite: bool) -> Path:
-    """The directory of this run, made. UserError if --out names one that has something in it."""
+def check_directory(c, overwrite: bool) -> None:
+    """UserError if --out names something that is not empty."""
+    path = Path(c.out or "out")
+    if path.exists() and (not path.is_dir() or (c.out and any(path.iterdir()) and not overwrite)):
+        raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; or "
+                        "name another")
+
+
+def new_directory(c) -> Path:
+    """The directory of this run, made: --out, or the next free one."""
     number = 0
     while c.out is None:
         path = Path(f"out/{c.size}-{c.method}-{number:02d}")
@@ -229,25 +245,18 @@ def new_directory(c, overwrite: bool) -> Path:
             return path
         except FileExistsError:
             number += 1
-    path = Path(c.out)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; "
-                        "or name another")
-    path.mkdir(parents=True, exist_ok=True)
-    for name in "log.jsonl", "ckpt.pt", "loss.png":
-        (path / name).unlink(missing_ok=True)
-    return path
+    Path(c.out).mkdir(parents=True, exist_ok=True)
+    return Path(c.out)
 
 
 def provenance(argv, c, ranks: int) -> dict:
     """The first record of a log: how to make it again, and where it was made."""
-    git = (subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                          cwd=Path(__file__).parent, capture_output=True, text=True)
-           if Path(__file__).with_name(".git").exists() else None)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() \
+        if shutil.which("git") else None
     cpuinfo = Path("/proc/cpuinfo")
-    names = ([row.split(":")[1].strip() for row in cpuinfo.open() if row.startswith("model name")]
-             if cpuinfo.exists() else [])
-    return {"argv": argv, "config": vars(c), "git": git.stdout.strip() if git else None, "ranks": ranks,
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {"argv": argv, "config": vars(c), "git": git or None, "ranks": ranks,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(),
@@ -281,6 +290,12 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float) -> None:
     os.replace(part, path)
 
 
+def peak_flops(gpu: str) -> float | None:
+    """bf16 FLOPs per second of this GPU by its data sheet; None for one that is not in the table."""
+    return next((flops for name, flops in PEAK_BF16_FLOPS.items()
+                 if re.search(rf"\b{name}\b(?! (Laptop|Ti|SUPER|D\b))", gpu)), None)
+
+
 def line(record: dict, c, speed: float, mfu: float | None) -> str:
     """One logged step, in fixed width."""
     val, gauge = ("      -" if record[key] is None else f"{record[key]:7.4f}"
@@ -298,7 +313,7 @@ def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: di
     print("---")
     if step < c.steps:
         print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume --out {out}")
-    elif tokenizer:
+    elif tokenizer and scores["val_loss"] is not None:
         drawn = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
         print(f"sample:\n{tokenizer.decode(drawn)}\n---")
     results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl",
@@ -319,8 +334,12 @@ def main(argv=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     checkpoint = None
     if given.get("resume"):
-        if "out" not in given:
-            raise UserError("--resume needs the run that goes on: --resume --out out/<run>")
+        if "out" not in given or "overwrite" in given:
+            raise UserError("--resume goes on with a run, and needs its directory: --resume --out out/<run>, "
+                            "without --overwrite")
+        if not Path(given["out"]).is_dir():
+            raise UserError(f"--out {given['out']}: no such directory. Runs are in out/; make one with: "
+                            "python train.py")
         checkpoint = load_checkpoint(given["out"])
     c = settings.resolve(given, METHODS, ranks, checkpoint and checkpoint["config"])
     stop = min(c.steps, c.stop_at or c.steps)
@@ -334,7 +353,9 @@ def main(argv=None):
                         f"{', '.join(block_matrices(blank))}")
     if given.get("dry_run"):
         train = data.open_data(c.data, c.seq_len, c.model["vocab_size"])[0] if Path(c.data).is_dir() else None
-        return print(settings.describe(c, blank, train, ranks))
+        return print(settings.describe(c, blank, train, ranks)) if rank == 0 else None
+    if checkpoint is None:
+        check_directory(c, "overwrite" in given)
 
     device = (torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda"
               else torch.device(c.device))
@@ -344,20 +365,25 @@ def main(argv=None):
         dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
     try:
         corpus = open_corpus(c, rank)
-        out = (Path(c.out) if checkpoint
-               else new_directory(c, given.get("overwrite", False)) if rank == 0 else None)
         with signals_caught() as stopping:
-            run(argv, c, corpus, checkpoint, out, stop, stopping, device, rank, ranks)
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
+            run(argv, c, corpus, checkpoint, stop, stopping, device, rank, ranks)
+    except UserError as error:
+        if rank:  # cli.command prints rank 0's
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+        raise
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 def open_corpus(c, rank: int):
     """(train, validation, tokenizer or None); builds the offline corpus where that is what is missing."""
     if c.data == settings.NANO["data"] and not Path(c.data).is_dir() and rank == 0:
         print(f"building the offline corpus in {c.data}", flush=True)
-        data.build_stdlib(c.data)
+        try:
+            data.build_stdlib(c.data)
+        except (UserError, OSError):
+            if not Path(c.data).is_dir():  # if it is, another run has built it meanwhile
+                raise
     if dist.is_initialized():
         dist.barrier()
     train, val, tokenizer = data.open_data(c.data, c.seq_len, c.model["vocab_size"])
@@ -395,30 +421,39 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-def run(argv, c, corpus, checkpoint, out, stop: int, stopping: list, device, rank: int, ranks: int) -> None:
-    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `stopping`; rank 0
-    logs and saves in `out`."""
+def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: int, ranks: int) -> None:
+    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `stopping`; rank
+    0 logs and saves."""
     train, val, tokenizer = corpus
     torch.manual_seed(c.seed)
-    with torch.device(device):
-        model = Llama(LlamaConfig(**c.model))
+    if checkpoint:
+        model = load_model(checkpoint, device)
+    else:
+        with torch.device(device):
+            model = Llama(LlamaConfig(**c.model))
     optimizers = METHODS[c.method].optimizers(model, c)
     assert_assigned(model, optimizers)
     step, seconds = 0, 0.0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        try:
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except BROKEN as error:
+            raise UserError("the checkpoint is damaged: its optimizers do not fit "
+                            f"({type(error).__name__})") from None
         step, seconds = checkpoint["step"], checkpoint["seconds"]
+        checkpoint.clear()  # the memory
     network = torch.compile(model) if c.compile else model
     if ranks > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     spectra, flops, byte_lengths = Spectra(model, c.spectra_of, optimizers), model.flops_per_token(), None
-    peak = next((x for key, x in PEAK_BF16_FLOPS.items()
-                 if c.device == "cuda" and key in torch.cuda.get_device_name()), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
 
     if rank == 0:
+        out = Path(c.out) if step else new_directory(c)
         c.out = str(out)
+        for name in () if step else ("log.jsonl", "ckpt.pt", "loss.png"):  # of the run that is replaced
+            (out / name).unlink(missing_ok=True)
         cut_log(out / "log.jsonl", step)
         log = open(out / "log.jsonl", "a")
         print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
@@ -435,6 +470,8 @@ def run(argv, c, corpus, checkpoint, out, stop: int, stopping: list, device, ran
         if logged:
             spectra.before()
         update(optimizers, fraction)
+        if logged and c.device == "cuda":
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - started  # what follows stands outside the clock
 
         scores = {}

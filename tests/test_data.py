@@ -81,6 +81,15 @@ def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
         data.open_data(tmp_path / "bad", 16)
 
 
+@pytest.mark.parametrize("prefix", ["pretrain_", "medieval-", "", "x_val_train_", "x_train_val_"])
+def test_a_prefix_does_not_put_a_shard_into_the_other_split(tmp_path, prefix):
+    for split, value in ("train", 1), ("val", 2):
+        data.write_shard(tmp_path / f"{prefix}{split}_000000.bin", np.full(300, value))
+    train, val, _ = data.open_data(tmp_path, 16, 320)
+    assert train.tokens == val.tokens == 300
+    assert train.read([0])[0].unique().tolist() == [1] and val.read([0])[0].unique().tolist() == [2]
+
+
 def test_shards_without_meta_are_gpt2(tmp_path):
     assert data.open_data(make(tmp_path / "d", tokenizer=None), 16)[2] == "gpt2"
     assert data.padded_vocab("gpt2") == 50304 and data.padded_vocab("bytes") == 320
@@ -157,7 +166,8 @@ def test_text_round_trips_and_no_document_is_in_both_splits(tmp_path):
 
 @pytest.mark.parametrize("documents", [2, 3, 10, 60])
 def test_the_smallest_corpora_have_both_splits(tmp_path, documents):
-    data.write_corpus((f"number {i}" for i in range(documents)), "bytes", tmp_path / "d", "test", quiet=True)
+    texts = (f"number {i} " * 99 for i in range(documents))
+    data.write_corpus(texts, "bytes", tmp_path / "d", "test", quiet=True)
     train, val = decoded(tmp_path / "d")
     assert len(train) >= 1 and len(val) >= 1 and len(train) + len(val) == documents
 
@@ -167,6 +177,13 @@ def test_an_empty_corpus_and_a_single_document_are_refused_and_leave_nothing(tmp
         with pytest.raises(UserError, match="split"):
             data.write_corpus(texts, "bytes", tmp_path / "d", "test", quiet=True)
         assert os.listdir(tmp_path) == []
+
+
+def test_short_documents_add_up_to_a_window_of_validation(tmp_path):
+    meta = data.write_corpus((f"short {i}" for i in range(200)), "bytes", tmp_path / "d", "test", quiet=True)
+    assert 257 <= meta["val_tokens"] < 257 + 10
+    train, val = decoded(tmp_path / "d")
+    assert sorted(train + val) == sorted(f"short {i}" for i in range(200))
 
 
 def test_shards_are_full_but_for_the_last(tmp_path, monkeypatch):
@@ -202,7 +219,7 @@ def test_jsonl_is_one_document_a_line(tmp_path):
     ("a.jsonl", b'{"text": 3}\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
     ("a.txt.gz", b"not gzip", "can't be read"),
     ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
-    ("a.csv", b"x", "expected .txt"), ("a.txt", b"", "no text for the train split")])
+    ("a.csv", b"x", "expected .txt"), ("a.txt", b"", "0 tokens for the train split")])
 def test_bad_text_gets_one_message_and_makes_nothing(tmp_path, fails, name, content, expected):
     (tmp_path / name).write_bytes(content)
     fails(data.main, ["text", tmp_path / name, "--tokenizer", "bytes", "--out", tmp_path / "d"], name if

@@ -145,6 +145,16 @@ def test_a_whole_looking_file_is_held_against_the_sha256_of_the_redirect(server,
     assert_whole(server, tmp_path / "d", n=1)
 
 
+def test_a_part_that_had_arrived_whole_is_held_against_the_sha256_too(server, tmp_path):
+    name = "fineweb_train_000001.bin"
+    good = server.files[name]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / f"{name}.part").write_bytes(good[:-2] + b"\1\1")
+    server.sha256[name], server.behaviour[name] = hashlib.sha256(good).hexdigest(), ["redirect", None] * 9
+    get(server, tmp_path / "d", n=1)
+    assert_whole(server, tmp_path / "d", n=1)
+
+
 def test_a_damaged_shard_that_is_there_is_fetched_again(server, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "fineweb_train_000001.bin").write_bytes(b"half")
@@ -156,5 +166,6 @@ def test_misuse_gets_one_message(server, tmp_path, fails):
     fails(download.main, ["fineweb", "-n", 104], "104", "103", "fineweb100B")
     fails(download.main, ["fineweb", "--number", 3], "--number")
     fails(download.main, ["fineweb", "--outt", "x"], "--outt", "--out")
+    fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "foo/bar"], "foo/bar")
     fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "http://127.0.0.1:9"],
           "gave up", "refused")

@@ -221,6 +221,18 @@ def test_renormalize_alone_steps_by_rho_along_the_momentum():
     assert all(torch.isclose(norm(d), state["rho"], rtol=1e-8) for d in deltas)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_the_radius_does_not_depend_on_the_size_of_the_gradient(scale):
+    for toggles in ({}, {"orthogonalize": False}):
+        A, B = (torch.nn.Parameter(p.float()) for p in random_pair(20, 12, 4))
+        A.grad, B.grad = scale * torch.randn(20, 4), torch.zeros(12, 4)
+        old = A.detach().clone()
+        optimizer = Spectron([(A, B)], lr=0.2, **toggles)
+        optimizer.step()
+        assert 0.68 * optimizer.state[A]["rho"] < norm(old - A.detach()) < 1.21 * optimizer.state[A]["rho"]
+        assert B.isfinite().all()
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_neither_is_torch_sgd(nesterov):
     pair = random_pair(20, 12, 4)
@@ -303,7 +315,7 @@ def adversarial_pairs():
     yield random_pair(20, 12, 4, 1e3, 1e-3)
     yield random_pair(20, 12, 4, 1e-3, 1e3)
     yield random_pair(12, 20, 1)
-    yield random_pair(20, 12, 4, 1e6, 1e6)
+    yield random_pair(20, 12, 4, 1e3, 1e3)
     yield random_pair(20, 12, 4, 1e-9, 1e-9)
     yield random_pair(20, 12, 4, 0.0, 0.0)
     A, B = random_pair(16, 16, 4)

@@ -14,6 +14,7 @@ import torch
 import data
 import eval as evaluation
 import plot
+import sample
 import settings
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
@@ -187,7 +188,6 @@ def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
 def test_ranks_stay_bit_identical(corpus, tmp_path):
     code = f"""
 import os, sys, torch, train
-saved = train.report
 kept = []
 assigned = train.assert_assigned
 train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
@@ -252,10 +252,9 @@ def test_a_signal_saves_and_ends_and_a_kill_leaves_the_last_checkpoint(corpus, t
     assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
 
 
-def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(
-        run, fails, tmp_path, monkeypatch):
-    out = run("--steps", 10, "--stop_at", 4)
-    before = (out / "ckpt.pt").read_bytes()
+def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(run, fails, monkeypatch):
+    out = run("--steps", 10, "--stop_at", 4, "--save_every", 1000)
+    checkpoint = (out / "ckpt.pt").read_bytes()
     models, backward = [], train.backward
 
     def poisoned(network, *args):
@@ -269,8 +268,12 @@ def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint
     fails(train.main, ["--resume", "--out", out], "step 7", "lr ", "blocks.2.ffn.up_proj.B", "checkpoint")
     kept, network = models[-1]
     assert all(torch.equal(p, kept[name]) for name, p in network.named_parameters())
-    after = torch.load(out / "ckpt.pt", weights_only=True)
-    assert after["step"] in (4, 5, 6) and all(w.isfinite().all() for w in after["model"].values()) and before
+    assert (out / "ckpt.pt").read_bytes() == checkpoint
+
+
+def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys):
+    out = run("--steps", 1, "--lr", 1e30)
+    assert records(out)[-1]["val_loss"] is None and "val_loss: None" in capsys.readouterr().out
 
 
 ########################################
@@ -287,6 +290,9 @@ def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint
      ["--no-orthogonalize does not apply to --method adamw", "spectron"]),
     (["--method", "dense", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method dense"]),
     (["--method", "dense-adamw", "--ns_steps", "3"], ["--ns_steps", "spectron or dense"]),
+    (["--no-orthogonalize", "--ns_steps", "3"], ["--ns_steps has no effect with --no-orthogonalize"]),
+    (["--seed", str(2**70)], ["--seed", "2^63"]),
+    (["--resume", "--overwrite", "--out", "x"], ["--overwrite"]),
     (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum is 1"]),
     (["--steps", "0"], ["--steps is 0"]), (["--lr", "-1"], ["--lr is -1"]),
     (["--lr", "nan"], ["--lr is nan"]), (["--data", "nowhere"], ["nowhere", "python data.py text"]),
@@ -337,12 +343,110 @@ def test_unnamed_runs_get_the_next_free_directory(corpus, tmp_path, monkeypatch)
 
 
 def test_files_that_are_no_runs_are_refused(tmp_path, fails):
-    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "log.jsonl").write_text("not a log\n")
-    fails(evaluation.main, [tmp_path], "not a checkpoint")
-    fails(evaluation.main, [tmp_path / "none"], "no checkpoint")
     fails(plot.main, [tmp_path], "not a log")
     fails(plot.main, [tmp_path / "none"], "no log")
+    fails(evaluation.main, [tmp_path / "none"], "no checkpoint")
+    for content in (b"", b"not a checkpoint"):
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        fails(evaluation.main, [tmp_path], "damaged", "ckpt.pt")
+        fails(train.main, ["--resume", "--out", tmp_path], "damaged")
+    fails(train.main, ["--resume", "--out", tmp_path / "ckpt.pt"], "no such directory")
+
+
+def test_a_damaged_checkpoint_is_refused(run, fails):
+    out = run("--steps", 4, "--stop_at", 2)
+    whole = torch.load(out / "ckpt.pt", weights_only=True)
+    for damage in ({"optimizers": whole["optimizers"][:1]}, {"model": {}}, {"config": {}},
+                   {"model": torch.zeros(3)}):
+        torch.save({**whole, **damage}, out / "ckpt.pt")
+        fails(train.main, ["--resume", "--out", out], "damaged")
+    torch.save(torch.zeros(3), out / "ckpt.pt")
+    fails(evaluation.main, [out], "damaged")
+
+
+@pytest.mark.parametrize("main, flags, fragments", [
+    (evaluation.main, ["--batch_size", "-1"], ["--batch_size", "at least 1"]),
+    (evaluation.main, ["--eval_tokens", "0"], ["--eval_tokens", "at least 1"]),
+    (sample.main, ["--top_k", "0"], ["--top_k", "at least 1"]),
+    (plot.main, ["-o", "fig.xyz"], ["fig.xyz", ".png"]),
+    (plot.main, ["-o", "no/such/fig.png"], ["no/such/fig.png"])])
+def test_misuse_of_the_other_commands_gets_one_message(run, fails, main, flags, fragments):
+    fails(main, [run("--steps", 1), *flags], *fragments)
+
+
+def test_out_that_can_not_be_made_is_one_message(fails, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "sub"):
+        fails(train.main, [*TINY, "--data", corpus, "--steps", 1, "--out", out, "--overwrite"], out)
+
+
+########################################
+#        Flags reach their place       #
+########################################
+
+def optimizers_of(*flags):
+    c = settings.resolve(settings.parse([*TINY, *map(str, flags)], "", train.METHODS), train.METHODS, 1)
+    return train.METHODS[c.method].optimizers(Llama(LlamaConfig(**c.model)), c)
+
+
+def test_every_flag_of_spectron_reaches_it():
+    flags = {"lr": 0.3, "momentum": 0.7, "weight_decay": 0.01, "ns_steps": 4, "power_steps": 2}
+    given = [x for flag, value in flags.items() for x in (f"--{flag}", value)]
+    spectron, adam = optimizers_of(*given, "--no-nesterov", "--shape_scale", "--adam_lr", 0.004)
+    group = spectron.param_groups[0]
+    assert {key: group[key] for key in flags} == flags and group["ns_dtype"] is None
+    toggles = {"nesterov": False, "shape_scale": True, "orthogonalize": True, "renormalize": True}
+    assert {key: group[key] for key in toggles} == toggles
+    assert [g["lr"] for g in adam.param_groups] == [0.004, 0.004]
+    assert [g["weight_decay"] for g in adam.param_groups] == [0.01, 0.0]
+    assert adam.param_groups[0]["betas"] == (0.9, 0.95)
+    group = optimizers_of("--no-orthogonalize", "--dtype", "bfloat16")[0].param_groups[0]
+    assert (group["orthogonalize"], group["renormalize"], group["ns_dtype"]) == (False, True, torch.bfloat16)
+    assert optimizers_of("--no-renormalize")[0].param_groups[0]["renormalize"] is False
+
+
+def test_every_flag_of_the_other_methods_reaches_its_optimizer():
+    flags = {"lr": 0.3, "momentum": 0.7, "weight_decay": 0.01, "ns_steps": 4}
+    given = [x for flag, value in flags.items() for x in (f"--{flag}", value)]
+    muon, adam = optimizers_of("--method", "dense", *given, "--no-nesterov", "--adam_lr", 0.004)
+    group = muon.param_groups[0]
+    assert {key: group[key] for key in flags} == flags and group["nesterov"] is False
+    assert isinstance(muon, torch.optim.Muon) and adam.param_groups[0]["lr"] == 0.004
+    spectron, muon, adam = optimizers_of("--factorize", "ffn", "--lr", 0.3, "--muon_lr", 0.05)
+    assert (spectron.param_groups[0]["lr"], muon.param_groups[0]["lr"]) == (0.3, 0.05)
+    assert [len(o.param_groups[0]["params"]) for o in (spectron, muon)] == [2 * 3 * 4, 4 * 4]
+    for method in ("adamw", "dense-adamw"):
+        matrices, others = optimizers_of("--method", method, "--lr", 0.3, "--adam_lr", 0.004)
+        assert (matrices.param_groups[0]["lr"], others.param_groups[0]["lr"]) == (0.3, 0.004)
+
+
+def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
+    first = [records(run("--steps", 1, "--seed", seed, out=f"seed-{seed}"))[0]["loss"] for seed in (0, 1)]
+    assert first[0] != first[1]
+    seen, validate = [], train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: seen.append(args[2]) or validate(*args))
+    run("--steps", 2, "--eval_every", 1, "--eval_tokens", 64, out="eval")
+    assert seen == [64, 100_000_000]
+
+
+def test_the_best_learning_rates_that_are_printed_are_those_of_the_table():
+    rows = [row.strip("| ").split(" | ") for row in (ROOT / "results/nano/table.md").read_text().splitlines()]
+    best = {row[0]: float(row[1].split()[0]) for row in rows if len(row) > 4 and row[1][0].isdigit()}
+    corners = {"both": (True, True), "orthogonalize": (True, False), "renormalize": (False, True),
+               "neither": (False, False)}
+    for name, corner in corners.items():
+        assert settings.NANO_CORNERS[corner] == best[name]
+    for name, method in train.METHODS.items():
+        assert method.nano_lr == best["both" if name == "spectron" else name]
+
+
+def test_the_peak_of_a_gpu_is_known_or_not_said():
+    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+             "NVIDIA L4": 121e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA GeForce RTX 4090": 165e12,
+             "NVIDIA L40": None,
+             "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 3090 Ti": None, "Tesla T4": None}
+    assert {gpu: train.peak_flops(gpu) for gpu in known} == known
 
 
 ########################################
@@ -382,4 +486,4 @@ def test_plot_draws_runs_labelled_by_what_differs(run, tmp_path, fails):
             plot.main([*runs, "-o", str(tmp_path / "fig.png"), "--x", x, "--y", y])
     assert (tmp_path / "fig.png").stat().st_size > 5000
     (tmp_path / "log.jsonl").write_text(json.dumps({"config": configs[0]}) + "\n")
-    fails(plot.main, [tmp_path / "log.jsonl", "-o", tmp_path / "x.png"], "has no steps")
+    fails(plot.main, [tmp_path / "log.jsonl", "-o", tmp_path / "x.png"], "no steps")

@@ -15,8 +15,8 @@ import data
 
 
 def tokenize(files: list[Path], tokenizer: str, repeats: int = 3) -> str:
-    """Tokens per second of write_corpus (documents in, shards on disk out) and of encode_ordinary_batch on the
-    same documents and threads, in turn; and the memory that write_corpus adds at most."""
+    """Tokens per second of write_corpus (documents in, shards on disk out) and of encode_ordinary_batch on
+    the same documents and threads, in turn; and the memory that write_corpus adds at most."""
     texts = [text for path in files for text in data.documents(path)]
     encoding, threads = data.get_tokenizer(tokenizer), os.cpu_count()
     ours, theirs, grown = [], [], 0

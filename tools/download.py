@@ -57,6 +57,8 @@ def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
                 raise UserError(f"{url}: the server answers {error.code} {error.reason}. Is --url right, "
                                 "and -n no larger than what is published?") from None
             problem = f"the server answers {error.code} {error.reason}"
+        except ValueError as error:
+            raise UserError(f"{url} is no address that can be fetched ({error}): is --url right?") from None
         except UserError as error:
             part.unlink(missing_ok=True)
             problem = str(error)
@@ -84,7 +86,7 @@ def _receive(url: str, part: Path, have: int) -> str | None:
         if error.headers.get("Content-Range") != f"bytes */{have}":
             part.unlink()
             raise ConnectionError(f"{part.name} is longer than the file; starting over") from None
-        return None  # all of it had arrived
+        return _wanted(redirects, error)  # all of it had arrived
     with answer:
         resumed = answer.status == 206
         length = answer.headers.get("Content-Length")
@@ -93,7 +95,11 @@ def _receive(url: str, part: Path, have: int) -> str | None:
             _copy(answer, file, part.name.removesuffix(".part"), have if resumed else 0, total)
         if total is not None and part.stat().st_size < total:
             raise ConnectionError(f"connection cut after {part.stat().st_size:,} of {total:,} bytes")
-        sha256 = (redirects.sha256 or answer.headers.get("X-Linked-Etag") or "").strip('"')
+        return _wanted(redirects, answer)
+
+
+def _wanted(redirects: _Redirects, answer) -> str | None:
+    sha256 = (redirects.sha256 or answer.headers.get("X-Linked-Etag") or "").strip('"')
     return sha256 if len(sha256) == 64 else None
 
 
@@ -114,8 +120,11 @@ def _copy(answer, file, name: str, have: int, total: int | None) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) -> None:
@@ -149,14 +158,15 @@ def main(argv=None):
     command.add_argument("-n", type=int, default=27,
                          help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
     command.add_argument("--corpus", choices=list(SHARDS), default="fineweb10B", help="(fineweb10B)")
-    command.add_argument("--out", type=Path, default=Path("data/fineweb"), help="directory (data/fineweb)")
+    command.add_argument("--out", type=Path, help="directory (data/fineweb, or data/fineweb100B)")
     command.add_argument("--url", help=f"base of the files' addresses ({URL.format(corpus='<corpus>')})")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= SHARDS[args.corpus]:
         raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
                         + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0
                            else ""))
-    fineweb(args.n, args.corpus, args.out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
+    out = args.out or Path("data/fineweb" if args.corpus == "fineweb10B" else "data/fineweb100B")
+    fineweb(args.n, args.corpus, out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
 
 
 if __name__ == "__main__":
