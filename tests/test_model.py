@@ -2,6 +2,7 @@
 restatement."""
 
 import math
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import settings
+from conftest import ROOT
 from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices, count_parameters, factorize_,
                    rank_of, spectral_factors, split_parameters, uniform_weight)
 from spectron import Spectron
@@ -200,6 +202,15 @@ def test_factorize_and_spectron_train_a_model_that_is_not_ours():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_lines_of_the_readme_train_a_sequential():
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("    import torch\n    from torch import nn")
+    names = {}
+    exec(textwrap.dedent(readme[start:readme.index("\n\nOn ", start)]), names)
+    assert all(isinstance(names["model"][i], FactorizedLinear) for i in (0, 2)) and len(names["pairs"]) == 2
+    assert names["loss"] < 0.6  # from about 1, the variance of x
 
 
 def test_factorize_keeps_shared_layers_shared_and_refuses_tied_weights():
