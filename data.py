@@ -68,11 +68,14 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     return tokenizer
 
 
-def padded_vocab(tokenizer_name: str) -> int:
-    """Rows of the embedding: the tokenizer's vocabulary, up to a multiple of 64 (gpt2: no files needed to
-    know)."""
-    n_vocab = 50257 if tokenizer_name == "gpt2" else get_tokenizer(tokenizer_name).n_vocab
-    return 64 * -(-n_vocab // 64)
+def vocabulary(tokenizer_name: str) -> int:
+    """Tokens of a tokenizer (gpt2's are known without its files)."""
+    return 50257 if tokenizer_name == "gpt2" else get_tokenizer(tokenizer_name).n_vocab
+
+
+def padded_vocabulary(tokenizer_name: str) -> int:
+    """Rows of the embedding: the vocabulary, up to a multiple of 64."""
+    return 64 * -(-vocabulary(tokenizer_name) // 64)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -154,7 +157,7 @@ class Split:
             row[:] = self.shards[shard][start:start + T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]}: token {row.max()} near position {start:,}, and the "
-                                f"model's vocabulary ends at {self.vocab_size - 1}: made with another "
+                                f"tokenizer's vocabulary ends at {self.vocab_size - 1}: made with another "
                                 f"tokenizer than meta.json says? Build it again: {self.rebuild}")
         batch = torch.from_numpy(batch)
         return batch[:, :-1], batch[:, 1:]
@@ -198,16 +201,14 @@ def rebuild_command(directory: Path) -> str:
     return f"{remove}python data.py text FILE... --tokenizer {tokenizer} --out {directory}"
 
 
-def open_data(directory, seq_len: int, vocab_size: int | None = None) -> tuple[Split, Split, str]:
-    """(train, validation, tokenizer name) of a directory of shards; vocab_size defaults to its
-    tokenizer's."""
+def open_data(directory, seq_len: int) -> tuple[Split, Split, str]:
+    """(train, validation, tokenizer name) of a directory of shards."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"no data in {directory}: there is no such directory. Build it: "
                         f"{rebuild_command(directory)}")
     tokenizer = read_meta(directory)["tokenizer"]
-    vocab_size = vocab_size or padded_vocab(tokenizer)
-    train, val = (Split(directory, s, seq_len, vocab_size, rebuild_command(directory))
+    train, val = (Split(directory, s, seq_len, vocabulary(tokenizer), rebuild_command(directory))
                   for s in ("train", "val"))
     return train, val, tokenizer
 

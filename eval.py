@@ -8,7 +8,6 @@ import math
 import pickle
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -82,7 +81,7 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
     for start in range(0, len(mine), batch_size):
         x, y = split.read(mine[start:start + batch_size])
         if byte_lengths is not None:
-            size += int(byte_lengths[np.minimum(y.numpy(), len(byte_lengths) - 1)].sum())
+            size += int(byte_lengths[y.numpy()].sum())
         with precision(device, dtype):
             nats += model(x.to(device), y.to(device)).item() * y.numel()
     if ranks > 1:
@@ -110,7 +109,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     model, tokenizer, config = load_run(args.run, choose_device(args.device))
     directory = args.data or config["data"]
-    _, val, made_with = open_data(directory, config["seq_len"], config["model"]["vocab_size"])
+    _, val, made_with = open_data(directory, config["seq_len"])
     if made_with != config["tokenizer"]:
         raise UserError(f"{directory} was made with tokenizer {made_with!r} and the run was trained with "
                         f"{config['tokenizer']!r}. Make the data again: python data.py text FILE... "

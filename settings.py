@@ -110,8 +110,8 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
         known = Path(c.data).is_dir()
         c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if known
                        else "bytes" if size == "nano" else "gpt2")
-        c.model = asdict(replace(SIZES[size], vocab_size=data.padded_vocab(c.tokenizer), seq_len=c.seq_len,
-                                 rank_ratio=c.rank_ratio, factorize=c.factorize))
+        c.model = asdict(replace(SIZES[size], vocab_size=data.padded_vocabulary(c.tokenizer),
+                                 seq_len=c.seq_len, rank_ratio=c.rank_ratio, factorize=c.factorize))
     check_values(settings)
     split_batch(c, "batch_size" in given, ranks)
     return c

@@ -352,7 +352,7 @@ def main(argv=None):
         raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are "
                         f"{', '.join(block_matrices(blank))}")
     if given.get("dry_run"):
-        train = data.open_data(c.data, c.seq_len, c.model["vocab_size"])[0] if Path(c.data).is_dir() else None
+        train = data.open_data(c.data, c.seq_len)[0] if Path(c.data).is_dir() else None
         return print(settings.describe(c, blank, train, ranks)) if rank == 0 else None
     if checkpoint is None:
         check_directory(c, "overwrite" in given)
@@ -386,7 +386,7 @@ def open_corpus(c, rank: int):
                 raise
     if dist.is_initialized():
         dist.barrier()
-    train, val, tokenizer = data.open_data(c.data, c.seq_len, c.model["vocab_size"])
+    train, val, tokenizer = data.open_data(c.data, c.seq_len)
     if tokenizer != c.tokenizer:
         raise UserError(f"{c.data} was made with tokenizer {tokenizer!r}, and this run was trained with "
                         f"{c.tokenizer!r}. Make it again: python data.py text FILE... "

@@ -58,10 +58,10 @@ def test_a_damaged_shard_is_refused_with_what_was_found_and_the_command_that_reb
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(tmp_path):
-    make(tmp_path / "d", train=[np.r_[np.zeros(40), 320, np.zeros(40)]])
+    make(tmp_path / "d", train=[np.r_[np.zeros(40), 257, np.zeros(40)]])
     split = data.open_data(tmp_path / "d", 16)[0]
     split.read([0, 1])
-    with pytest.raises(UserError, match="token 320 near position 32.*319"):
+    with pytest.raises(UserError, match="token 257 near position 32.*256"):
         split.read([2])
 
 
@@ -85,14 +85,15 @@ def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
 def test_a_prefix_does_not_put_a_shard_into_the_other_split(tmp_path, prefix):
     for split, value in ("train", 1), ("val", 2):
         data.write_shard(tmp_path / f"{prefix}{split}_000000.bin", np.full(300, value))
-    train, val, _ = data.open_data(tmp_path, 16, 320)
+    (tmp_path / "meta.json").write_text('{"tokenizer": "bytes"}')
+    train, val, _ = data.open_data(tmp_path, 16)
     assert train.tokens == val.tokens == 300
     assert train.read([0])[0].unique().tolist() == [1] and val.read([0])[0].unique().tolist() == [2]
 
 
 def test_shards_without_meta_are_gpt2(tmp_path):
     assert data.open_data(make(tmp_path / "d", tokenizer=None), 16)[2] == "gpt2"
-    assert data.padded_vocab("gpt2") == 50304 and data.padded_vocab("bytes") == 320
+    assert data.padded_vocabulary("gpt2") == 50304 and data.padded_vocabulary("bytes") == 320
 
 
 ########################################
