@@ -30,9 +30,10 @@ def load_checkpoint(path) -> dict:
                         "python train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        [checkpoint[key] for key in ("model", "optimizers", "step", "seconds")]
-        for key in "model", "method", "tokenizer", "data", "seq_len", "dtype", "steps":
-            checkpoint["config"][key]
+        missing = ({"model", "optimizers", "step", "seconds"} - checkpoint.keys()
+                   | {"model", "method", "tokenizer", "data", "seq_len"} - checkpoint["config"].keys())
+        if missing:
+            raise KeyError(missing)
     except BROKEN as error:
         raise UserError(f"{path} is damaged, or not a checkpoint of train.py "
                         f"({type(error).__name__})") from None

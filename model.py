@@ -61,6 +61,7 @@ def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         B, A = spectral_factors(W.T, rank)
         return A, B
     U = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)  # (m, r); eigh sorts upwards
+    U = U * torch.where(U.sum(0) < 0, -1, 1)  # of the two signs always the same
     V = W.T @ U  # (n, r) = V_r S_r
     root = torch.linalg.vector_norm(V, dim=0).clamp_min(torch.finfo(W.dtype).tiny).sqrt()
     return U * root, V / root
@@ -89,7 +90,7 @@ class FactorizedLinear(nn.Module):
     def set_weight(self, W: Tensor) -> None:
         """Spectral initialisation: the factors of the best approximation of W (m, n)."""
         device = "cpu" if self.A.device.type == "mps" else self.A.device  # mps has no eigh
-        A, B = spectral_factors(W.to(device, torch.promote_types(W.dtype, torch.float32)), self.rank)
+        A, B = spectral_factors(W.to(device, torch.float64), self.rank)  # alike for any threads, any device
         self.A.copy_(A)
         self.B.copy_(B)
 

@@ -16,10 +16,11 @@ from cli import UserError
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
-          "dW": r"$\|\Delta W\|_2$ of a step", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
+          "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
-DULL = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device"}
+DULL = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device", "resume", "overwrite", "dry_run"}
+ON = {"orthogonalize", "renormalize", "nesterov"}
 
 
 def read_log(run) -> tuple[dict, list[dict]]:
@@ -39,15 +40,15 @@ def read_log(run) -> tuple[dict, list[dict]]:
 
 def labels(configs: list[dict]) -> list[str]:
     """A name for each run, of the settings in which the runs differ; and its directory, if two are alike."""
-    keys = [key for key in configs[0]
-            if key not in DULL and len({json.dumps(c.get(key)) for c in configs}) > 1]
+    values = {key: {json.dumps(c[key]) for c in configs if c.get(key) is not None} for key in configs[0]}
+    keys = [key for key in configs[0] if key not in DULL and len(values[key]) > 1]
 
     def say(key, value):
-        if isinstance(value, bool):
-            return key if value else f"no {key}"
+        if isinstance(value, bool):  # what is on by default is said when it is off, and the other way round
+            return "" if value == (key in ON) else key if value else f"no {key}"
         return str(value) if key == "method" else f"{key} {value}"
-    names = [", ".join(say(key, c[key]) for key in keys if c.get(key) is not None) or c.get("method", "run")
-             for c in configs]
+    names = [", ".join(filter(None, (say(key, c[key]) for key in keys if c.get(key) is not None)))
+             or c.get("method", "run") for c in configs]
     return [name if names.count(name) == 1 else f"{name} ({c['out']})" for name, c in zip(names, configs)]
 
 
@@ -72,13 +73,11 @@ def figure(runs, out, x="step", y=None) -> None:
         plt.close(fig)
         raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has "
                         f"{', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")
-    if y in ("dW", "W", "gauge"):
-        ax.set_title(logs[0][0]["config"]["spectra_of"], fontsize=11)
-        if y != "W":
-            ax.set_yscale("log")
-    ax.set(xlabel=LABELS[x], ylabel=LABELS[y] if y else "loss (nats per token)")
+    of = f" of {logs[0][0]['config']['spectra_of']}" if y in ("dW", "W", "gauge") else ""
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y] + of if y else "loss (nats per token)")
+    ax.set_yscale("log" if y in ("dW", "gauge") else "linear")
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
+    fig.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     fig.savefig(out, dpi=150)
     plt.close(fig)
 

@@ -69,6 +69,18 @@ def test_spectral_initialisation_is_the_best_approximation_of_rank_r(m, n, r):
         assert (gram - gram.diagonal().diag()).abs().max() < 1e-3
 
 
+def test_spectral_initialisation_does_not_depend_on_the_number_of_threads():
+    """Nor on anything else that only rounds: two ranks and one process have to start alike."""
+    layers, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)
+        layers.append(FactorizedLinear(256, 768, 64))
+    torch.set_num_threads(threads)
+    assert torch.allclose(layers[0].A, layers[1].A, atol=1e-6)
+    assert torch.allclose(layers[0].B, layers[1].B, atol=1e-6)
+
+
 def test_spectral_initialisation_of_full_rank_and_of_a_rank_deficient_matrix():
     W = uniform_weight(12, 20)
     assert torch.allclose(torch.matmul(*[f if i == 0 else f.T for i, f in enumerate(

@@ -479,7 +479,8 @@ def test_plot_draws_runs_labelled_by_what_differs(run, tmp_path, fails):
     other = str(run("--steps", 3, "--no-renormalize", out="orth"))
     configs = [plot.read_log(path)[0]["config"] for path in [*runs, other]]
     assert plot.labels(configs[:2]) == ["lr 0.1", "lr 0.2"]
-    assert plot.labels([configs[0], configs[2]]) == ["renormalize", "no renormalize"]
+    assert plot.labels([configs[0], configs[2]]) == ["spectron", "no renormalize"]
+    assert plot.labels([configs[0], configs[0]]) == [f"spectron ({runs[0]})"] * 2
     assert plot.labels(configs[:1]) == ["spectron"]
     for x in ("step", "tokens", "flops", "seconds"):
         for y in ("val_loss", "loss", "dW", "W", "gauge"):
