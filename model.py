@@ -105,8 +105,9 @@ def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter,
     """Replace every nn.Linear inside any module, in place and from its own weights; returns the pairs for
     Spectron.
 
-    Biases stay as they are. ValueError for a module that is itself an nn.Linear, and for weights that are
-    tied to another module's: pass the part of the model that holds neither.
+    Biases stay as they are, frozen layers frozen. Not for modules that read their Linear's weight themselves,
+    as nn.TransformerEncoderLayer does in evaluation mode. ValueError for a module that is itself an nn.Linear,
+    and for weights that are tied to another module's: pass the part of the model that holds neither.
     """
     if type(module) is nn.Linear:
         raise ValueError("factorize_ works on the module that holds a Linear, not on the Linear: wrap it")
@@ -133,6 +134,8 @@ def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
     new.to(old.weight.dtype).to_empty(device=old.weight.device)
     new.set_weight(old.weight)
     new.bias = old.bias
+    for p in (new.A, new.B):
+        p.requires_grad = old.weight.requires_grad
     return new
 
 

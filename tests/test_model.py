@@ -237,6 +237,9 @@ def test_factorize_keeps_shared_layers_shared_and_refuses_tied_weights():
         factorize_(nn.Linear(4, 4), 0.5)
     with pytest.raises(ValueError, match="rank_ratio"):
         factorize_(nn.Sequential(nn.Linear(4, 4)), 1.5)
+    frozen = nn.Sequential(nn.Linear(8, 8).requires_grad_(False))
+    factorize_(frozen, 0.5)
+    assert not any(p.requires_grad for p in frozen.parameters())
     half = nn.Sequential(nn.Linear(8, 8).bfloat16())
     factorize_(half, 0.5)
     assert (half[0].A.dtype == torch.bfloat16
