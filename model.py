@@ -106,7 +106,7 @@ def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter,
     Spectron.
 
     Biases stay as they are, frozen layers frozen. Not for modules that read their Linear's weight themselves,
-    as nn.TransformerEncoderLayer does in evaluation mode. ValueError for a module that is itself an nn.Linear,
+    as nn.TransformerEncoderLayer does in evaluation mode. ValueError for a module that is itself a Linear,
     and for weights that are tied to another module's: pass the part of the model that holds neither.
     """
     if type(module) is nn.Linear:
