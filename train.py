@@ -150,8 +150,8 @@ def clip_gradients(model, step: int, lr: float) -> None:
         name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()),
                     "none, only their norm")
         raise UserError(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
-                        f"{name}. No weight was touched, and the last checkpoint is whole. Start again with "
-                        "a lower --lr") from None
+                        f"{name}. No weight was touched, and a checkpoint that was saved is whole. Start "
+                        "again with a lower --lr") from None
 
 
 def update(optimizers, fraction: float) -> None:
@@ -215,7 +215,8 @@ class Spectra:
         else:
             (A, B), (A0, B0), states = (self._float64(self.weights), self.old,
                                         [self.state[p] for p in self.weights])
-            sigma_A, sigma_B = (state.get("sigma", norm(p)) for state, p in zip(states, self.old))
+            sigma_A, sigma_B = (state["sigma"] if "sigma" in state else norm(p)
+                                for state, p in zip(states, self.old))
             dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
             norms = {"dW": dW, "W": product_norm(A, B), "sigma_A": sigma_A, "sigma_B": sigma_B,
                      "rho": states[0].get("rho")}

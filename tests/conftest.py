@@ -1,5 +1,4 @@
-"""What the tests share: the offline corpus, small runs of train.py in this process, and a float64 reference
-of the paper."""
+"""What the tests share: the offline corpus, small runs of train.py in this process, how a mistake has to end."""
 
 import os
 import sys
