@@ -1,4 +1,4 @@
-"""What the tests share: the offline corpus, small runs of train.py in this process, how a mistake has to end."""
+"""What the tests share: the offline corpus, small runs of train.py in this process, and how errors end."""
 
 import os
 import sys
