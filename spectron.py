@@ -26,13 +26,18 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     a, b, c = NS_COEFFICIENTS
     largest = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
     X = G / largest  # tiny and huge entries alike survive being squared
-    X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7 / largest.clamp_min(1))
+    X /= torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7 / largest.clamp_min(1)
+    X = X.reshape(-1, *X.shape[-2:])
     wide = X.size(-2) < X.size(-1)
     X = X.mT if wide else X  # tall, so that X^T X is the small Gram matrix: r x r for a factor
-    for _ in range(steps):
-        gram = X.mT @ X
-        X = a * X + X @ (b * gram + c * gram @ gram)
-    return X.mT if wide else X
+    for step in range(steps):
+        # P Gram P is the Gram matrix of X P, at r x r prices. A third step without going back to X would
+        # amplify its rounding in bfloat16: singular values of 1.26.
+        gram = torch.bmm(torch.bmm(P, gram), P) if step % 2 else torch.bmm(X.mT, X)
+        P = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)  # P = a I + b Gram + c Gram^2
+        X = torch.bmm(X, P)
+    return (X.mT if wide else X).reshape(G.shape)
 
 
 def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
@@ -44,23 +49,28 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tenso
     W, u = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (W, u))
     anew = unit(torch.arange(1, W.size(-2) + 1, dtype=u.dtype, device=u.device).square().cos())
     for _ in range(steps):
-        v = unit(torch.einsum("...pq,...p->...q", W, u))
-        Wv = torch.einsum("...pq,...q->...p", W, v)
+        v = unit((u.unsqueeze(-2) @ W).squeeze(-2))
+        Wv = (W @ v.unsqueeze(-1)).squeeze(-1)
         sigma = torch.linalg.vector_norm(Wv, dim=-1)  # = u^T W v, with the u of the next line
         u = torch.where(sigma.unsqueeze(-1) > 0, unit(Wv), anew)
     return sigma, u
 
 
-def batched(function, *columns: list[Tensor]) -> list:
-    """[function(*row) for row in zip(*columns)], with the rows of equal shape stacked into one call."""
-    by_shape, results = {}, [None] * len(columns[0])
-    for i, x in enumerate(columns[0]):
-        by_shape.setdefault((x.shape, x.dtype, x.device), []).append(i)
-    for rows in by_shape.values():
-        out = function(*(torch.stack([column[i] for i in rows]) for column in columns))
-        for i, row in zip(rows, zip(*out) if isinstance(out, tuple) else out):
-            results[i] = row
-    return results
+def stacks(tensors: list[Tensor]):
+    """The indices of tensors of equal shape, dtype and device, in lots that fit the cache of a CPU core."""
+    by_kind = {}
+    for i, x in enumerate(tensors):
+        by_kind.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    for (shape, _, device), rows in by_kind.items():
+        lot = max(1, 2**(22 if device.type == "cpu" else 28) // shape.numel())
+        yield from (rows[k:k + lot] for k in range(0, len(rows), lot))
+
+
+def stack(tensors: list[Tensor], dtype=None) -> Tensor:
+    """torch.stack, in another dtype at once."""
+    stacked = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype or tensors[0].dtype)
+    torch._foreach_copy_(list(stacked), tensors)
+    return stacked
 
 
 class Spectron(torch.optim.Optimizer):
@@ -103,23 +113,27 @@ class Spectron(torch.optim.Optimizer):
 
     def _update(self, pairs, group):
         factors, eta, beta = [p for pair in pairs for p in pair], group["lr"], group["momentum"]
-        states, G = [self.state[p] for p in factors], [p.grad for p in factors]
-        M = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(M, G, 1 - beta)  # M <- beta M + (1 - beta) G
-        D = torch._foreach_lerp(G, M, beta) if group["nesterov"] else M
-        if group["orthogonalize"]:
-            D = batched(lambda d: newton_schulz(d.to(group["ns_dtype"] or d.dtype), group["ns_steps"]), D)
-        elif group["renormalize"]:
-            norms = [torch.linalg.matrix_norm(d, ord=2) for d in D]  # exact, by an SVD that waits for the GPU
-            D = [d / norm.clamp_min(torch.finfo(d.dtype).tiny) for d, norm in zip(D, norms)]
-        if group["renormalize"]:  # by the factors as they are before this update
-            u = [state["u"] for state in states]
-            sigmas = batched(lambda W, u: power_iteration(W, u, group["power_steps"]), factors, u)
-            for state, (sigma, u) in zip(states, sigmas):
-                state.update(sigma=sigma, u=u)
-        for (A, B), d_A, d_B in zip(pairs, D[::2], D[1::2]):
-            rho = eta / (self.state[A]["sigma"] + self.state[B]["sigma"] + 1) if group["renormalize"] else eta
-            scale = max(1, A.size(0) / A.size(1)) ** 0.5 if group["shape_scale"] else 1
+        direction = {}
+        for rows in stacks(factors):
+            W = [factors[i] for i in rows]
+            G, states = [p.grad for p in W], [self.state[p] for p in W]
+            M = [state["momentum_buffer"] for state in states]
+            torch._foreach_lerp_(M, G, 1 - beta)  # M <- beta M + (1 - beta) G
+            D = torch._foreach_lerp(G, M, beta) if group["nesterov"] else M
+            if group["orthogonalize"]:
+                D = newton_schulz(stack(D, group["ns_dtype"]), group["ns_steps"])
+            elif group["renormalize"]:  # by the exact norm, from an SVD that waits for the GPU
+                D = [d / torch.linalg.matrix_norm(d, ord=2).clamp_min(torch.finfo(d.dtype).tiny) for d in D]
+            direction.update(zip(W, D))
+            if group["renormalize"]:  # by the factors as they are before this update
+                u = stack([state["u"] for state in states])
+                for state, *known in zip(states, *power_iteration(stack(W), u, group["power_steps"])):
+                    state["sigma"], state["u"] = known
+        for A, B in pairs:
+            sigmas = [self.state[p]["sigma"] for p in (A, B)] if group["renormalize"] else []
+            rho = eta / (sum(sigmas) + 1) if sigmas else eta
             self.state[A]["rho"] = rho
-            for p, d, radius in (A, d_A, rho * scale), (B, d_B, rho):
-                p.mul_(1 - eta * group["weight_decay"]).sub_(d * radius)
+            for p, scale in (A, max(1, A.size(0) / A.size(1)) ** 0.5 if group["shape_scale"] else 1), (B, 1):
+                if group["weight_decay"]:
+                    p.mul_(1 - eta * group["weight_decay"])
+                p.sub_(direction[p] * (rho * scale))
