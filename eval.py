@@ -43,13 +43,13 @@ def load_checkpoint(path) -> dict:
 def load_model(checkpoint: dict, device) -> Llama:
     """The model of a checkpoint. UserError where its weights do not fit its config."""
     try:
-        with torch.device(device):
+        with torch.device("meta"):  # weights that are loaded need not be drawn
             model = Llama(LlamaConfig(**checkpoint["config"]["model"]))
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["model"], assign=True)
     except BROKEN as error:
         raise UserError("the checkpoint is damaged: its weights do not fit its config "
                         f"({type(error).__name__})") from None
-    return model
+    return model.to(device)
 
 
 def load_run(path, device="cpu"):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import RMSNorm, Rotate, causal_attention, cross_entropy
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -67,6 +69,28 @@ def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U * root, V / root
 
 
+def spectral_draw(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The spectral_factors of a random weight, drawn without it: A (m, r), B (n, r), on the CPU.
+
+    The singular vectors of a matrix of independent entries of variance 1 / (3 n), as nn.Linear's, point
+    anywhere, and its singular values follow the law of Marchenko and Pastur (1967) to within their spacing.
+    Hundreds of decompositions of full matrices, which took minutes at size L, become QRs of tall ones.
+    """
+    small, large = sorted((in_features, out_features))
+    low, high = ((1 + sign * (small / large) ** 0.5) ** 2 for sign in (-1, 1))
+    x = torch.linspace(high, low, 100_000, dtype=torch.float64, device="cpu")[1:-1]  # eigenvalues, downwards
+    share = (((x - low) * (high - x)).sqrt() / x).cumsum(0)
+    middle = (torch.arange(rank, dtype=torch.float64, device="cpu") + 0.5) / small
+    S = (x[torch.searchsorted(share / share[-1], middle)] * large / (3 * in_features)).sqrt().float()
+    return tuple(_orthonormal(rows, rank) * S.sqrt() for rows in (out_features, in_features))
+
+
+def _orthonormal(rows: int, columns: int) -> Tensor:
+    """Columns in directions without preference: Q of a Gaussian matrix, with the signs that make it unique."""
+    Q, R = torch.linalg.qr(torch.randn(rows, columns, device="cpu"))
+    return Q * R.diagonal().sign()
+
+
 def uniform_weight(in_features: int, out_features: int) -> Tensor:
     """U(-1/sqrt(n), 1/sqrt(n)) of shape (m, n), as nn.Linear; on the CPU, so that a seed means the same
     everywhere."""
@@ -84,21 +108,32 @@ class FactorizedLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(in_features, rank))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         if not self.A.is_meta:
-            self.set_weight(uniform_weight(in_features, out_features))
+            self.set_factors(*spectral_draw(in_features, out_features, rank))
 
     @torch.no_grad()
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        self.A.copy_(A)
+        self.B.copy_(B)
+
     def set_weight(self, W: Tensor) -> None:
         """Spectral initialisation: the factors of the best approximation of W (m, n)."""
         device = "cpu" if self.A.device.type == "mps" else self.A.device  # mps has no eigh
-        A, B = spectral_factors(W.to(device, torch.float64), self.rank)  # alike for any threads, any device
-        self.A.copy_(A)
-        self.B.copy_(B)
+        self.set_factors(*spectral_factors(W.detach().to(device, torch.float64), self.rank))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def side_by_side(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers], low-rank ones with their B factors in one product."""
+    if not all(isinstance(layer, FactorizedLinear) for layer in layers):
+        return [layer(x) for layer in layers]
+    z = F.linear(x, torch.cat([layer.B for layer in layers], dim=1).T)
+    return [F.linear(part, layer.A, layer.bias)
+            for part, layer in zip(z.split([layer.rank for layer in layers], -1), layers)]
 
 
 def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -144,18 +179,16 @@ def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
 ########################################
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half (rotate-half
-    layout)."""
+    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half, in the first
+    half with -sin (rotate-half layout)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency).repeat(1, 2)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency)
+    return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle."""
-    cos, sin = rope[:, :x.size(-2)].to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+    return Rotate.apply(x, *rope[:, :x.size(-2)].to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -167,9 +200,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)
+        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
+                   for y in side_by_side([self.q_proj, self.k_proj, self.v_proj], x))
+        y = causal_attention(rotate(q, rope), rotate(k, rope), v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -180,15 +213,16 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = side_by_side([self.gate_proj, self.up_proj], x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig, attention_linear, ffn_linear):
         super().__init__()
-        self.attention_norm, self.attention = (nn.RMSNorm(config.dim, eps=1e-5),
+        self.attention_norm, self.attention = (RMSNorm(config.dim, eps=1e-5),
                                                Attention(config, attention_linear))
-        self.ffn_norm, self.ffn = nn.RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
+        self.ffn_norm, self.ffn = RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope)
@@ -233,10 +267,10 @@ class Llama(nn.Module):
         self.embedding = _filled(nn.Embedding, V, D, weight=normal)
         self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear)
                                     for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.norm = RMSNorm(D, eps=1e-5)
         self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
-        rope = rope_table(config.seq_len, D // config.n_heads).to(torch.get_default_device())
-        self.register_buffer("rope", rope, persistent=False)
+        rope, device = rope_table(config.seq_len, D // config.n_heads), torch.get_default_device()
+        self.register_buffer("rope", rope if device.type == "meta" else rope.to(device), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats
@@ -245,7 +279,7 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, self.rope)
         logits = self.head(self.norm(x))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def factor_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of every factorized matrix, in the order of the modules."""

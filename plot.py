@@ -6,12 +6,9 @@
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 import cli
 from cli import UserError
 
-plt.switch_backend("Agg")  # files only: no window, no screen
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
           "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
@@ -52,6 +49,8 @@ def labels(configs: list[dict]) -> list[str]:
 
 def figure(runs, out, x="step", y=None) -> None:
     """Draw y over x of these runs to `out`; y None draws a single run's training and validation loss."""
+    import matplotlib.pyplot as plt  # a second: not before it is needed
+    plt.switch_backend("Agg")  # files only: no window, no screen
     logs = [read_log(run) for run in runs]
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     fig, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")

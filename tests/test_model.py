@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import settings
 from conftest import ROOT
 from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices, count_parameters, factorize_,
-                   rank_of, spectral_factors, split_parameters, uniform_weight)
+                   rank_of, spectral_draw, spectral_factors, split_parameters, uniform_weight)
 from spectron import Spectron
 
 # Tables 4 and 5 of the paper, in millions at 32,000 tokens of vocabulary: dense, and at rank ratio 0.25.
@@ -98,11 +98,25 @@ def test_initial_weights_depend_on_the_seed_only():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.head.weight, c.head.weight)
     assert 0.015 < a.embedding.weight.std() < 0.025 and 0.015 < a.head.weight.std() < 0.025
-    # the same dense weights, of which the factors are the best part
-    dense = made(0, replace(TINY, rank_ratio=None))
-    W, layer = dense.blocks[0].attention.q_proj.weight, a.blocks[0].attention.q_proj
-    assert torch.allclose(layer.A @ layer.B.T, torch.matmul(*[f if i == 0 else f.T for i, f in enumerate(
-        spectral_factors(W.detach(), layer.rank))]), atol=1e-5)
+
+
+@pytest.mark.parametrize("n, m, r", [(256, 256, 64), (256, 768, 64), (768, 256, 192), (512, 384, 384)])
+def test_drawn_factors_are_distributed_as_those_of_a_drawn_weight(n, m, r):
+    """spectral_draw against spectral_factors of uniform weights: singular values, and vectors in no direction."""
+    pairs = [spectral_draw(n, m, r) for _ in range(4)]
+    S = torch.stack([torch.linalg.svdvals(uniform_weight(n, m))[:r] for _ in range(8)]).mean(0)
+    for A, B in pairs:
+        assert A.shape == (m, r) and B.shape == (n, r)
+        root = torch.linalg.vector_norm(A, dim=0)
+        assert torch.allclose(root, torch.linalg.vector_norm(B, dim=0), rtol=1e-5)
+        assert (root**2 - S).abs().max() < 0.015 * S[0] and abs((root**2).sum() / S.sum() - 1) < 0.005
+        for p in (A, B):
+            Q = p / root
+            assert (Q.T @ Q - torch.eye(r)).abs().max() < 1e-5
+            assert Q.sum(0).square().mean() < 3  # 1 on average: no direction, here that of the ones, is preferred
+    entries = torch.stack([A @ B.T for A, B in pairs])
+    assert abs(entries.mean()) < 4 * entries.std() / entries.numel() ** 0.5
+    assert (entries[0] * entries[1]).mean().abs() < 4 * entries.var() / entries[0].numel() ** 0.5
 
 
 def plain_logits(model, tokens):

@@ -17,8 +17,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of no window)
+
 import cli
-from plot import COLOURS, plt, read_log
+from plot import COLOURS, read_log
 
 RESULTS, STEPS = Path("results/nano"), 300
 SHOWN = {"both": "Spectron", "orthogonalize": "orthogonalize only (Muon on the factors)",
