@@ -41,7 +41,8 @@ def load_checkpoint(path) -> dict:
 
 
 def load_model(checkpoint: dict, device) -> Llama:
-    """The model of a checkpoint. UserError where its weights do not fit its config."""
+    """The model of a checkpoint, with the checkpoint's tensors as its own. UserError where its weights do not
+    fit its config."""
     try:
         with torch.device("meta"):  # weights that are loaded need not be drawn
             model = Llama(LlamaConfig(**checkpoint["config"]["model"]))

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import RMSNorm, Rotate, causal_attention, cross_entropy
+from kernels import LowRankSwiGLU, RMSNorm, Rotate, causal_attention, cross_entropy
+
+
+SAVE_MEMORY_FROM = 2**22  # elements of an FFN's activation on a CPU, from which it is made twice and not kept
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def spectral_draw(in_features: int, out_features: int, rank: int) -> tuple[Tenso
     """The spectral_factors of a random weight, drawn without it: A (m, r), B (n, r), on the CPU.
 
     The singular vectors of a matrix of independent entries of variance 1 / (3 n), as nn.Linear's, point
-    anywhere, and its singular values follow the law of Marchenko and Pastur (1967) to within their spacing.
+    anywhere, and where it is large its singular values follow the law of Marchenko and Pastur (1967).
     Hundreds of decompositions of full matrices, which took minutes at size L, become QRs of tall ones.
     """
     small, large = sorted((in_features, out_features))
@@ -86,7 +89,7 @@ def spectral_draw(in_features: int, out_features: int, rank: int) -> tuple[Tenso
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:
-    """Columns in directions without preference: Q of a Gaussian matrix, with the signs that make it unique."""
+    """Columns in no direction more than another: Q of a Gaussian matrix, of the two signs always the same."""
     Q, R = torch.linalg.qr(torch.randn(rows, columns, device="cpu"))
     return Q * R.diagonal().sign()
 
@@ -128,7 +131,7 @@ class FactorizedLinear(nn.Module):
 
 
 def side_by_side(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers], low-rank ones with their B factors in one product."""
+    """[layer(x) for layer in layers], low-rank ones with their B factors in one product, past their hooks."""
     if not all(isinstance(layer, FactorizedLinear) for layer in layers):
         return [layer(x) for layer in layers]
     z = F.linear(x, torch.cat([layer.B for layer in layers], dim=1).T)
@@ -213,8 +216,14 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = side_by_side([self.gate_proj, self.up_proj], x)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        wide = x.numel() // x.size(-1) * gate.out_features
+        plain = all(isinstance(w, FactorizedLinear) and w.bias is None for w in (gate, up, down))
+        if x.device.type == "cpu" and wide >= SAVE_MEMORY_FROM and plain and gate.rank == up.rank:
+            factors = torch.cat([gate.B, up.B], dim=1), gate.A, up.A, down.B, down.A
+            return LowRankSwiGLU.apply(x.flatten(0, -2), *(w.to(x.dtype) for w in factors)).view(x.shape)
+        gate, up = side_by_side([gate, up], x)
+        return down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -270,6 +279,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(D, eps=1e-5)
         self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
         rope, device = rope_table(config.seq_len, D // config.n_heads), torch.get_default_device()
+        # real even on meta, where load_state_dict(assign=True) brings everything else
         self.register_buffer("rope", rope if device.type == "meta" else rope.to(device), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -278,7 +278,7 @@ def memory(c, model) -> str:
     per_token = (c.model["n_layers"] * (16 * D  # residuals in fp32; the rest
                                         + width * (7 * D + 4 * model.config.hidden))
                  + width * sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
-                 + (8 + width) * c.model["vocab_size"])  # logits, and in fp32 they and their softmax
+                 + width * c.model["vocab_size"])  # logits, which the loss replaces by their gradient
     parts = {"weights": 4 * total, "gradients": 4 * total,
              "optimizer": 4 * matrices * (2 if "adamw" in c.method else 1) + 8 * (total - matrices),
              "activations, about": per_token * c.batch_size * c.seq_len}

@@ -55,7 +55,8 @@ def adamw(params, lr, c):
     """AdamW for these parameters; gains are not decayed."""
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=c.weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
+                             fused=params[0].device.type in ("cpu", "cuda") or None)
 
 
 def muon(params, lr, c):

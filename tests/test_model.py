@@ -102,7 +102,7 @@ def test_initial_weights_depend_on_the_seed_only():
 
 @pytest.mark.parametrize("n, m, r", [(256, 256, 64), (256, 768, 64), (768, 256, 192), (512, 384, 384)])
 def test_drawn_factors_are_distributed_as_those_of_a_drawn_weight(n, m, r):
-    """spectral_draw against spectral_factors of uniform weights: singular values, and vectors in no direction."""
+    """spectral_draw against the SVD of uniform weights: singular values, and vectors in no direction."""
     pairs = [spectral_draw(n, m, r) for _ in range(4)]
     S = torch.stack([torch.linalg.svdvals(uniform_weight(n, m))[:r] for _ in range(8)]).mean(0)
     for A, B in pairs:
@@ -113,7 +113,7 @@ def test_drawn_factors_are_distributed_as_those_of_a_drawn_weight(n, m, r):
         for p in (A, B):
             Q = p / root
             assert (Q.T @ Q - torch.eye(r)).abs().max() < 1e-5
-            assert Q.sum(0).square().mean() < 3  # 1 on average: no direction, here that of the ones, is preferred
+            assert Q.sum(0).square().mean() < 3  # 1 if the direction of ones is as any other
     entries = torch.stack([A @ B.T for A, B in pairs])
     assert abs(entries.mean()) < 4 * entries.std() / entries.numel() ** 0.5
     assert (entries[0] * entries[1]).mean().abs() < 4 * entries.var() / entries[0].numel() ** 0.5
