@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-FP32_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}  # of logits at a time: 64 MB and 1 GB, elsewhere 256 MB
+FP32_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}  # of logits at a time: 4 MB, which a cache holds; 1 GB
 
 
 BLOCK = 256  # keys at a time, in the backward of attention
