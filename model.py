@@ -238,12 +238,16 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-def _filled(layer, *sizes, weight, **options) -> nn.Module:
-    """layer(*sizes) with weight(*sizes), drawn only where there is memory to hold it."""
-    made = nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **options)
-    if not made.weight.is_meta:
-        made.weight.data.copy_(weight(*sizes))
-    return made
+def _drawn(draw, *shape: int) -> Tensor:
+    """draw(*shape) on the default device; where that is meta, nothing is drawn."""
+    device = torch.get_default_device()
+    return torch.empty(shape) if device.type == "meta" else draw(*shape).to(device)
+
+
+def _dense(n: int, m: int, draw) -> nn.Linear:
+    layer = nn.Linear(n, m, bias=False, device="meta")  # without torch's own draw
+    layer.weight = nn.Parameter(_drawn(draw, m, n))
+    return layer
 
 
 class Llama(nn.Module):
@@ -266,18 +270,19 @@ class Llama(nn.Module):
             return FactorizedLinear(n, m, rank_of(config.rank_ratio, n, m))
 
         def dense(n, m):
-            return _filled(nn.Linear, n, m, bias=False, weight=uniform_weight)
+            return _dense(n, m, lambda m, n: uniform_weight(n, m))
 
-        def normal(n, m):
-            return torch.empty(n, m, device="cpu").normal_(std=0.02)
+        def normal(rows, columns):
+            return torch.empty(rows, columns, device="cpu").normal_(std=0.02)
 
         ffn_linear = dense if config.rank_ratio is None else factorized
         attention_linear = ffn_linear if config.factorize == "all" else dense
-        self.embedding = _filled(nn.Embedding, V, D, weight=normal)
+        # with _weight, torch does not import a second's worth of modules to draw on meta
+        self.embedding = nn.Embedding(V, D, _weight=_drawn(normal, V, D))
         self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear)
                                     for _ in range(config.n_layers))
         self.norm = RMSNorm(D, eps=1e-5)
-        self.head = _filled(nn.Linear, D, V, bias=False, weight=lambda n, m: normal(m, n))
+        self.head = _dense(D, V, normal)
         rope, device = rope_table(config.seq_len, D // config.n_heads), torch.get_default_device()
         # real even on meta, where load_state_dict(assign=True) brings everything else
         self.register_buffer("rope", rope if device.type == "meta" else rope.to(device), persistent=False)

@@ -174,6 +174,7 @@ class PlainGPT(nn.Module):
             norm2=nn.LayerNorm(D), wide=nn.Linear(D, 4 * D), back=nn.Linear(4 * D, D)))
             for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
+        self.head.weight = self.token.weight
 
     def forward(self, tokens, targets):
         x = self.token(tokens) + self.position.weight[:tokens.size(1)]
