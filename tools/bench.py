@@ -440,7 +440,7 @@ def predict(mfu: float, peak: float, link: float) -> list[str]:
         c = settings.SimpleNamespace(dtype="bfloat16", model=asdict(config), method="spectron", batch_size=8,
                                      seq_len=T)
         rows.append(f"| {size} | {N / 1e6:,.0f}M | {steps * 2**20 / 1e9:.1f}B | "
-                    + " | ".join(f"{hours(gpus):,.1f} h" for gpus in (1, 8, 64))
+                    + " | ".join(f"{hours(gpus):,.2f} h" for gpus in (1, 8, 64))
                     + f" | {settings.memory(c, model).rsplit(';')[-1].strip()} |")
     return rows
 
