@@ -393,7 +393,7 @@ def gpu(sizes=("S", "M", "L"), device="cuda", rounds=5, batch=16) -> list[str]:
                 started = time.perf_counter()
                 trainer = Trainer(flags, RandomTokens())
                 trainer.step()
-                float(next(trainer.model.parameters()).sum())  # waits for the device
+                next(trainer.model.parameters()).sum().item()  # waits for the device
                 first = time.perf_counter() - started
                 seconds = in_turn({"backward": trainer.backward, "step": trainer.step}, rounds)
                 backward, update = middle(seconds["backward"]), middle(
