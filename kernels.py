@@ -8,18 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 FP32_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}  # of logits at a time: 4 MB, which a cache holds; 1 GB
-
-
 BLOCK = 256  # keys at a time, in the backward of attention
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d), causal) v for q, k, v (B, H, T, d), by torch's flash attention.
 
-    On a CPU in bfloat16 its backward is replaced: torch's takes up to 1.5 times as long as products of blocks.
-    These in turn round S - lse to bfloat16: dq and dk have 1.5 to 3 times the rounding error of torch's.
+    On a CPU in bfloat16 its backward is replaced: torch's takes up to 1.5 times as long as blocks do.
+    They round S - lse to bfloat16: dq and dk have 1.5 to 3 times the rounding error of torch's.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return BlockAttention.apply(q, k, v)
@@ -72,8 +69,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if device == "cpu" and x.dtype in (torch.float32, torch.float64):
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
         return super().forward(x).to(dtype)
@@ -113,7 +109,7 @@ class Rotate(torch.autograd.Function):
 class LowRankSwiGLU(torch.autograd.Function):
     """(silu(x B_g A_g^T) * x B_u A_u^T) B_d A_d^T for x (N, n), B = [B_g B_u], keeping what is r wide.
 
-    The three wide activations are made again from z = x B there, at r / n of what a dense layer would pay.
+    Backward makes the three wide activations again from z = x B, at r / n of what a dense layer would pay.
     """
 
     @staticmethod

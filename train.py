@@ -1,6 +1,6 @@
 """Train a Llama, from scratch, with low-rank weights only.
 
-    python train.py                                      nano on the offline corpus: two cores, three minutes
+    python train.py                                      nano on the offline corpus: minutes on two cores
     torchrun --nproc_per_node=8 train.py --size S        the paper's Factorized Transformer-S on FineWeb
     python train.py --no-renormalize --lr 0.02           an ablation
     python train.py --resume --out out/nano-spectron-00  go on where a run stopped
@@ -251,16 +251,20 @@ def new_directory(c) -> Path:
     return Path(c.out)
 
 
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
 def provenance(argv, c, ranks: int) -> dict:
     """The first record of a log: how to make it again, and where it was made."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() \
         if shutil.which("git") else None
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {"argv": argv, "config": vars(c), "git": git or None, "ranks": ranks,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "hardware": {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
+            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(),
                          "gpu": torch.cuda.get_device_name() if c.device == "cuda" else None}}
 

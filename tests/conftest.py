@@ -1,18 +1,16 @@
 """What the tests share: the offline corpus, small runs of train.py in this process, and how errors end."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
+import data
+import train
 
-import data  # noqa: E402  (after the path)
-import train  # noqa: E402
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
 
 TINY = ["--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000", "--dtype", "float32",
         "--device", "cpu", "--spectra_every", "1"]

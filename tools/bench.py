@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -68,12 +69,9 @@ def row(what, here, against="", ratio="", asked="") -> str:
 
 
 def stamp(device: str = "cpu") -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = found[0] if found else platform.machine()
     bf16 = "" if device == "cuda" else f", {'' if settings.native_bf16('cpu') else 'no '}native bf16"
     name = (torch.cuda.get_device_name() if device == "cuda"
-            else f"{torch.get_num_threads()} threads, {cpu}{bf16}")
+            else f"{torch.get_num_threads()} threads, {train.cpu_name()}{bf16}")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}; {versions}; {time.strftime('%Y-%m-%d')}"
 
@@ -422,7 +420,7 @@ def nano_loss(device: str) -> float:
 
 
 def predict(mfu: float, peak: float, link: float) -> list[str]:
-    """Hours and memory of the paper's runs: hours = (6 N' D / (mfu peak GPUs) + steps x all-reduce) / 3600,
+    """Hours and memory of the paper's runs: hours = (FLOPs / (mfu peak GPUs) + steps x all-reduce) / 3600,
     all-reduce = 8 N (GPUs - 1) / GPUs bytes over a link of `link` bytes/s per GPU, not hidden behind
     backward."""
     rows = [f"MFU {mfu:.0%}, {peak / 1e12:.0f} TFLOP/s a GPU, {link / 1e9:.0f} GB/s a link\n",
@@ -432,13 +430,13 @@ def predict(mfu: float, peak: float, link: float) -> list[str]:
         config, steps = SIZES[size], settings.paper_steps(size, False)
         with torch.device("meta"):
             model = Llama(config)
-        N = count_parameters(config)
+        N = sum(p.numel() for p in model.parameters())
 
         def hours(gpus):
             compute = model.flops_per_token() * steps * 2**20 / (mfu * peak * gpus)
             return (compute + steps * 8 * N * (gpus - 1) / gpus / link) / 3600
-        c = settings.SimpleNamespace(dtype="bfloat16", model=asdict(config), method="spectron", batch_size=8,
-                                     seq_len=T)
+        c = SimpleNamespace(dtype="bfloat16", model=asdict(config), method="spectron", batch_size=8,
+                            seq_len=T)
         rows.append(f"| {size} | {N / 1e6:,.0f}M | {steps * 2**20 / 1e9:.1f}B | "
                     + " | ".join(f"{hours(gpus):,.2f} h" for gpus in (1, 8, 64))
                     + f" | {settings.memory(c, model).rsplit(';')[-1].strip()} |")

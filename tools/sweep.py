@@ -17,10 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of no window)
+import matplotlib.pyplot as plt
 
 import cli
 from plot import COLOURS, read_log
@@ -103,6 +100,7 @@ def table() -> str:
 
 def figure(path: Path) -> None:
     """Loss after the last step over the learning rate, a line for each arm; diverged runs at the top."""
+    plt.switch_backend("Agg")  # files only: no window, no screen
     fig, ax = plt.subplots(figsize=(9, 4.3), layout="constrained")
     for i, arm in enumerate(SHOWN):
         losses = [(lr, min(loss or TOP, TOP)) for lr, loss in grid(arm).items()]
