@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -39,15 +40,43 @@ def positive(text: str) -> int:
     return int(text)
 
 
+class Progress:
+    """progress(done, total): a line on the terminal of rank 0 with the rate and the time left, if there is a
+    terminal; it goes when all is done."""
+
+    def __init__(self, what: str, unit: str):
+        self.what, self.unit, self.started, self.shown = what, unit, time.monotonic(), 0.0
+        self.silent = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.silent or (done < total and now - self.shown < 0.5):
+            return
+        self.shown, rate = now, done / (now - self.started)
+        left = round((total - done) / rate) if rate else 0
+        print(f"\r\033[K{self.what}: {done:,}/{total:,} {self.unit}, {rate:,.1f} a second, {left // 3600}:"
+              f"{left // 60 % 60:02}:{left % 60:02} left" if 0 < done < total else "\r\033[K", end="",
+              file=sys.stderr, flush=True)
+
+
 def command(main):
-    """A main(argv) whose UserError ends the program: its message on stderr (once, from rank 0) and exit
-    code 2."""
+    """A main(argv) whose UserError ends the program: its message on stderr (once, before the ranks have
+    joined) and exit code 2. Ctrl-C, or a reader of its output that goes away, ends it without a traceback."""
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+            raise SystemExit(141) from None
         except (UserError, OSError) as error:  # an OSError names its file and what is wrong with it
-            if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-                print(f"error: {error}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+            joined = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+            if rank == "0" or joined:  # before that, all ranks see the same mistake
+                print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return run

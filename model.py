@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import LowRankSwiGLU, RMSNorm, Rotate, causal_attention, cross_entropy
 
 
+FEW_ROWS = 64  # below which the factors of q, k and v are not put side by side
 SAVE_MEMORY_FROM = 2**22  # elements of an FFN's activation on a CPU, from which it is made twice and not kept
 
 
@@ -131,8 +132,12 @@ class FactorizedLinear(nn.Module):
 
 
 def side_by_side(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers], low-rank ones with their B factors in one product, past their hooks."""
-    if not all(isinstance(layer, FactorizedLinear) for layer in layers):
+    """[layer(x) for layer in layers], low-rank ones with their B factors in one product, past their hooks.
+
+    Not for the few rows of decoding, which would wait for the factors to be copied.
+    """
+    few = x.numel() < FEW_ROWS * x.size(-1)
+    if few or not all(isinstance(layer, FactorizedLinear) for layer in layers):
         return [layer(x) for layer in layers]
     z = F.linear(x, torch.cat([layer.B for layer in layers], dim=1).T)
     return [F.linear(part, layer.A, layer.bias)
@@ -190,8 +195,9 @@ def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle."""
-    return Rotate.apply(x, *rope[:, :x.size(-2)].to(x.dtype))
+    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle; rope is the rows
+    of rope_table at x's positions, (2, T, head_dim) or (2, B, 1, T, head_dim)."""
+    return Rotate.apply(x, *rope.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -201,11 +207,11 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             linear(config.dim, config.dim) for _ in range(4))
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend=causal_attention) -> Tensor:
         B, T, D = x.shape
         q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
                    for y in side_by_side([self.q_proj, self.k_proj, self.v_proj], x))
-        y = causal_attention(rotate(q, rope), rotate(k, rope), v)
+        y = attend(rotate(q, rope), rotate(k, rope), v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -233,8 +239,8 @@ class Block(nn.Module):
                                                Attention(config, attention_linear))
         self.ffn_norm, self.ffn = RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Tensor, attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -290,11 +296,20 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats
         instead."""
-        x = self.embedding(tokens)  # (B, T, D)
-        for block in self.blocks:
-            x = block(x, self.rope)
-        logits = self.head(self.norm(x))
+        logits = self.head(self.hidden(tokens))
         return logits if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def hidden(self, tokens: Tensor, positions=None, attends=None) -> Tensor:
+        """What the head reads, (B, T, D), of tokens (B, T).
+
+        positions, (T,) or (B, 1, T), are those of the tokens, where not 0 to T - 1; attends, a function
+        (q, k, v) -> y of (B, H, T, head_dim) for each block, stands for causal_attention.
+        """
+        x = self.embedding(tokens)
+        rope = self.rope[:, slice(tokens.size(1)) if positions is None else positions]
+        for block, attend in zip(self.blocks, attends or [causal_attention] * len(self.blocks), strict=True):
+            x = block(x, rope, attend)
+        return self.norm(x)
 
     def factor_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of every factorized matrix, in the order of the modules."""

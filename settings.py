@@ -6,12 +6,14 @@ train.py owns the table of methods and passes it in.
 
 import argparse
 import math
+import os
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 import cli
 import data
@@ -147,6 +149,38 @@ def choose_device(device: str | None, planned: bool = False) -> str:
         raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
                         + " or ".join(found))
     return device or found[0]
+
+
+def join_ranks(device: str) -> torch.device:
+    """This rank's device; under torchrun, after the ranks have found each other."""
+    where = (torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda"
+             else torch.device(device))
+    if device == "cuda":
+        if where.index >= torch.cuda.device_count():
+            raise UserError(f"torchrun starts more ranks than there are GPUs: --nproc_per_node="
+                            f"{torch.cuda.device_count()} at most, or --device cpu")
+        torch.cuda.set_device(where)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return where
+
+
+def my_rank() -> tuple[int, int]:
+    """(rank, ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's float64 tensor on the CPU, which NCCL wants on the GPU."""
+    if dist.is_initialized():
+        sums = sums.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(sums)
+    return sums.cpu()
+
+
+def precision(device, dtype: str):
+    """Autocast to bfloat16 over fp32 weights, or nothing where dtype is float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def available(device: str) -> bool:

@@ -35,8 +35,9 @@ import plot
 import sample
 import settings
 from cli import UserError
-from eval import BROKEN, load_checkpoint, load_model, precision, validate
+from eval import BROKEN, load_checkpoint, load_model, validate
 from model import Llama, LlamaConfig, block_matrices, split_parameters
+from settings import precision
 from spectron import Spectron
 
 FINAL_EVAL_TOKENS = 100_000_000
@@ -320,8 +321,8 @@ def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: di
     if step < c.steps:
         print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume --out {out}")
     elif tokenizer and scores["val_loss"] is not None:
-        drawn = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
-        print(f"sample:\n{tokenizer.decode(drawn)}\n---")
+        steps = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
+        print(f"sample:\n{''.join(text for text, in sample.texts(tokenizer, steps, 1))}\n---")
     results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl",
                "checkpoint": out / "ckpt.pt", "figure": out / "loss.png"}
     print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
@@ -363,20 +364,10 @@ def main(argv=None):
     if checkpoint is None:
         check_directory(c, "overwrite" in given)
 
-    device = (torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda"
-              else torch.device(c.device))
-    if c.device == "cuda":
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
-    try:
-        corpus = open_corpus(c, rank)
-        with signals_caught() as stopping:
-            run(argv, c, corpus, checkpoint, stop, stopping, device, rank, ranks)
-    except UserError as error:
-        if rank:  # cli.command prints rank 0's
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
-        raise
+    device = settings.join_ranks(c.device)
+    corpus = open_corpus(c, rank)
+    with signals_caught() as stopping:
+        run(argv, c, corpus, checkpoint, stop, stopping, device, rank, ranks)
     if ranks > 1:
         dist.destroy_process_group()
 

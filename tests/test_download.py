@@ -2,7 +2,9 @@
 bad files."""
 
 import hashlib
+import io
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -169,3 +171,52 @@ def test_misuse_gets_one_message(server, tmp_path, fails):
     fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "foo/bar"], "foo/bar")
     fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", "http://127.0.0.1:9"],
           "gave up", "refused")
+
+
+########################################
+#         The files of the tasks       #
+########################################
+
+@pytest.fixture
+def publishers(server, monkeypatch):
+    """The server with small files of the tasks, and the numbers that download.py holds them against."""
+    lines = {"hellaswag_val.jsonl": b'{"ind": 0}\n{"ind": 1}\n', "valid.jsonl": b'{"goal": "g"}\n' * 3,
+             "valid-labels.lst": b"0\n1\n1\n", "ARC-Easy-Test.jsonl": b'{"id": 0}\n{"id": 1}'}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("ARC-V1-Feb2018-2/ARC_Corpus.txt", np.random.default_rng(0).bytes(9000))
+        file.writestr(download.ARC_MEMBER, lines["ARC-Easy-Test.jsonl"])
+    server.files = {name: body for name, body in lines.items() if name != "ARC-Easy-Test.jsonl"}
+    server.files[download.ARC_ZIP] = archive.getvalue()
+    digest = hashlib.sha256(lines["hellaswag_val.jsonl"]).hexdigest()
+    monkeypatch.setattr(download, "EVALS", {
+        name: (base, body.count(b"{") or body.count(b"\n"), digest if name.startswith("hella") else None)
+        for (name, (base, _, _)), body in zip(download.EVALS.items(), lines.values())})
+    server.lines = lines
+    return server
+
+
+def test_the_files_of_the_tasks_are_fetched_once_and_whole(publishers, tmp_path, capsys):
+    publishers.behaviour[download.ARC_ZIP] = [4000, 3000]
+    flags = ["evals", "--out", str(tmp_path / "evals"), "--url", publishers.url]
+    download.main(flags)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "evals").iterdir()} == publishers.lines
+    assert "--tasks hellaswag,piqa,arc_easy" in capsys.readouterr().out
+    assert [wanted for name, wanted in publishers.requests if name == download.ARC_ZIP] == [
+        None, "bytes=4000-", "bytes=7000-"]
+    count = len(publishers.requests)
+    download.main(flags)
+    assert len(publishers.requests) == count
+    (tmp_path / "evals/valid.jsonl").write_bytes(b'{"goal": "g"}\n{"go')
+    download.main(flags)
+    assert (tmp_path / "evals/valid.jsonl").read_bytes() == publishers.lines["valid.jsonl"]
+
+
+@pytest.mark.parametrize("name, body, said", [
+    ("hellaswag_val.jsonl", b'{"ind": 0}\n{"ind": 2}\n', "SHA-256"),
+    ("valid.jsonl", b'{"goal"', "valid.jsonl"),
+    ("valid-labels.lst", b"0\n1\n", "2 lines, expected 3"), (download.ARC_ZIP, b"not a zip", "damaged")])
+def test_a_bad_file_of_a_task_never_gets_its_name(publishers, tmp_path, fails, name, body, said):
+    publishers.files[name] = body
+    fails(download.main, ["evals", "--out", tmp_path, "--url", publishers.url], "gave up", name, said)
+    assert not (tmp_path / name).exists() and not (tmp_path / "ARC-Easy-Test.jsonl").exists()

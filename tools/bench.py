@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import cli
 import data
+import sample
 import settings
 import train
 from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters, side_by_side
@@ -48,8 +49,9 @@ def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
         for name, arm in arms.items():
             started = time.perf_counter()
             arm()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for device in torch.cuda, torch.mps:
+                if device.is_available():
+                    device.synchronize()
             if measured:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -373,6 +375,33 @@ def tokenize(files: list[Path], tokenizer: str = "gpt2", repeats: int = 3) -> li
                 f"{middle(ours):,.0f} tokens/s, {grown / 1024:.0f} MB more memory",
                 f"tiktoken's encode_ordinary_batch, to lists: {middle(theirs):,.0f} tokens/s",
                 f"{middle(a / b for a, b in zip(ours, theirs)):.2f}", "0.9")]
+
+
+def decoding(model: Llama, count: int, rounds: int = 3) -> str:
+    """Tokens per second at batch 1 and 16 with a KV cache, greedy: a low-rank model, and dense weights of the
+    same shape, in turn (python sample.py out/run --bench)."""
+    config, like = model.config, model.head.weight
+    dense = Llama(replace(config, rank_ratio=None)).to(like.device, like.dtype)
+    arms, count = {"low-rank": model, "dense": dense}, min(count, config.seq_len - 1)
+    sizes = [sum(p.numel() for p in arm.parameters()) - like.numel() for arm in arms.values()]
+    lines = [stamp(like.device.type), "",
+             f"{count} tokens, {str(like.dtype).removeprefix('torch.')}; a token reads "
+             f"{sizes[0] / 1e6:.1f}M low-rank or {sizes[1] / 1e6:.1f}M dense weights, "
+             f"{sizes[1] / sizes[0]:.2f}x", "",
+             "| batch | low-rank, tokens/s | dense, tokens/s | ratio |", "|---|---|---|---|"]
+    for batch in 1, 16:
+        seconds = in_turn({name: lambda arm=arm: decode(arm, batch, count) for name, arm in arms.items()},
+                          rounds)
+        speeds = [f"{batch * count / middle(column):,.1f}" for column in seconds.values()]
+        lines.append(f"| {batch} | {' | '.join(speeds)} | {faster(seconds, 'low-rank', 'dense'):.2f}x |")
+    return "\n".join(lines)
+
+
+def decode(model: Llama, rows: int, count: int) -> None:
+    decoder = sample.Decoder(model, rows)
+    tokens = torch.zeros(rows, 1, dtype=torch.int64, device=decoder.context.device)
+    for _ in range(count):
+        tokens = decoder(tokens).argmax(-1, keepdim=True)
 
 
 ########################################

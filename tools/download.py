@@ -1,21 +1,25 @@
-"""Fetch the pre-tokenized data, once and whole.
+"""Fetch the pre-tokenized data and the files of the tasks, once and whole.
 
     python -m tools.download fineweb -n 27          27 training shards of 100M GPT-2 tokens,
                                                     and the validation shard
     python -m tools.download fineweb -n 157 --corpus fineweb100B        for size L and up
+    python -m tools.download evals                  HellaSwag, PIQA and ARC-Easy, for eval.py --tasks
 
-The shards are the ones that the modded-nanogpt project publishes. A download that was cut goes on where it
-stopped; a file gets its name only after its size, its header and (where the server tells it) its SHA-256
-were found right.
+The shards are the ones that the modded-nanogpt project publishes; the tasks come from their publishers,
+ARC-Easy in a zip file of 681 MB. A download that was cut goes on where it stopped; a file gets its name only
+after its size, its header or lines, and (where it is known) its SHA-256 were found right.
 """
 
 import hashlib
 import http.client
+import json
 import shutil
 import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 
 import cli
@@ -25,6 +29,14 @@ from data import open_shard
 URL = "https://huggingface.co/datasets/kjj0/{corpus}-gpt2/resolve/main"
 SHARDS = {"fineweb10B": 103, "fineweb100B": 1030}  # training shards that are published
 SHARD_BYTES, BLOCK, ATTEMPTS, TIMEOUT = 200_001_024, 1 << 20, 6, 60
+
+EVALS = {  # file: where its publisher keeps it, items, and the SHA-256 where one is known
+    "hellaswag_val.jsonl": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data", 10042,
+                            "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+    "valid.jsonl": ("https://yonatanbisk.com/piqa/data", 1838, None),
+    "valid-labels.lst": ("https://yonatanbisk.com/piqa/data", 1838, None),
+    "ARC-Easy-Test.jsonl": ("https://ai2-public-datasets.s3.amazonaws.com/arc", 2376, None)}
+ARC_ZIP, ARC_MEMBER = "ARC-V1-Feb2018.zip", "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -36,9 +48,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
-def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
+def fetch(url: str, path: Path, check, pause: float = 1.0,
+          hint="Is --url right, and -n no larger than what is published?") -> None:
     """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError
-    for a bad file.
+    for a bad file; hint is what to do about one that is not there.
 
     Cut connections, server errors and bad files are tried again, ATTEMPTS times without progress, waiting
     twice as long each time. UserError where it does not help, and at once for a file that is not there.
@@ -54,8 +67,7 @@ def fetch(url: str, path: Path, check, pause: float = 1.0) -> None:
             return part.replace(path)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
-                raise UserError(f"{url}: the server answers {error.code} {error.reason}. Is --url right, "
-                                "and -n no larger than what is published?") from None
+                raise UserError(f"{url}: the server answers {error.code} {error.reason}. {hint}") from None
             problem = f"the server answers {error.code} {error.reason}"
         except ValueError as error:
             raise UserError(f"{url} is no address that can be fetched ({error}): is --url right?") from None
@@ -143,11 +155,57 @@ def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) ->
           f"train.py --size S --data {out}")
 
 
-def _whole(path: Path) -> bool:
+def _whole(path: Path, check=open_shard) -> bool:
     try:
-        return path.exists() and open_shard(path) is not None
+        if path.exists():
+            check(path)
+            return True
     except UserError:
-        return False
+        pass
+    return False
+
+
+def evals(out: Path, url: str | None, pause: float = 1.0) -> None:
+    """The tasks' files in `out`; what is there and whole is left as it is. url stands for all publishers'."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (base, lines, sha256) in EVALS.items():
+        def check(path, name=name, lines=lines, sha256=sha256):
+            _check_lines(path, name, lines, sha256)
+        if _whole(out / name, check):
+            continue
+        print(name, flush=True)
+        hint = f"Has its publisher moved it? Put {name} from elsewhere into {out}, or name a copy: --url"
+        if name != "ARC-Easy-Test.jsonl":
+            fetch(f"{url or base}/{name}", out / name, check, pause, hint)
+        else:
+            fetch(f"{url or base}/{ARC_ZIP}", out / ARC_ZIP, _check_zip, pause, hint)
+            part = out / f"{name}.part"
+            part.write_bytes(zipfile.ZipFile(out / ARC_ZIP).read(ARC_MEMBER))
+            check(part)
+            part.replace(out / name)
+            (out / ARC_ZIP).unlink()
+    print(f"{out}: {', '.join(EVALS)}. Score a run: python eval.py out/run --tasks hellaswag,piqa,arc_easy "
+          f"--eval_dir {out}")
+
+
+def _check_lines(path: Path, name: str, lines: int, sha256: str | None) -> None:
+    """UserError unless the file has so many lines of JSON, and this SHA-256."""
+    try:
+        found = len([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")
+                     if line.strip()])
+    except ValueError as error:
+        raise UserError(f"{name} is not what its publisher has: {error}") from None
+    if found != lines:
+        raise UserError(f"{name} has {found:,} lines, expected {lines:,}")
+    if sha256 and _sha256(path) != sha256:
+        raise UserError(f"{name}: its SHA-256 is {_sha256(path)}, expected {sha256}")
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        zipfile.ZipFile(path).read(ARC_MEMBER)  # which checks its CRC
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise UserError(f"{ARC_ZIP} is damaged ({error}), or not the one with {ARC_MEMBER}") from None
 
 
 @cli.command
@@ -160,7 +218,12 @@ def main(argv=None):
     command.add_argument("--corpus", choices=list(SHARDS), default="fineweb10B", help="(fineweb10B)")
     command.add_argument("--out", type=Path, help="directory (data/fineweb, or data/fineweb100B)")
     command.add_argument("--url", help=f"base of the files' addresses ({URL.format(corpus='<corpus>')})")
+    command = commands.add_parser("evals", description="HellaSwag, PIQA and ARC-Easy, from their publishers")
+    command.add_argument("--out", type=Path, default=Path("data/evals"), help="directory (data/evals)")
+    command.add_argument("--url", help="base of all files' addresses (each publisher's own)")
     args = parser.parse_args(argv)
+    if args.command == "evals":
+        return evals(args.out, args.url and args.url.rstrip("/"))
     if not 1 <= args.n <= SHARDS[args.corpus]:
         raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
                         + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0

@@ -1,0 +1,263 @@
+"""tasks.py and eval.py --tasks: prompts against the harness's own, scores against a plain restatement, files
+that are not what they should be. tests/compare_lm_eval.py runs the harness itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import tasks
+from conftest import ROOT, SHARED
+from model import Llama, LlamaConfig
+
+MARKED = ROOT / "tests/evals"  # HellaSwag items with every mark, and the harness's prompts for them
+BYTES = data.get_tokenizer("bytes")
+LONG = ["--seq_len", 256, "--tokens_per_step", 256]
+
+
+@pytest.fixture
+def model():
+    """Random weights, large enough that each choice has its own log-probability."""
+    model = Llama(LlamaConfig(dim=32, n_layers=2, n_heads=2, vocab_size=320, seq_len=100)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.ndim > 1 else 1)
+    return model
+
+
+@torch.no_grad()
+def plain_log_probability(model, tokenizer, context: str, text: str) -> float:
+    """Of " text" after context: the whole, cut from the left to what the model reads, in one sequence,
+    in float64."""
+    context, ending = tasks.encode_pair(tokenizer, context, f" {text}")
+    tokens = torch.tensor([(context + ending)[-model.config.seq_len - 1:]])
+    log_p = model.double()(tokens[:, :-1])[0, :, :tokenizer.n_vocab].log_softmax(-1)
+    model.float()
+    return log_p.gather(1, tokens[0, 1:, None])[-len(ending):].sum().item()
+
+
+########################################
+#        Prompts and the scores        #
+########################################
+
+def test_hellaswags_prompts_are_the_harnesss():
+    items, theirs = tasks.hellaswag(MARKED), json.loads((MARKED / "harness_prompts.json").read_text())
+    ours = [[[item.context, f" {text}"] for text in item.choices] for item in items]
+    assert len(ours) >= 20 and ours == theirs
+    marks = (MARKED / "hellaswag_val.jsonl").read_text()
+    assert all(mark in marks for mark in (" [title]", "[header]", "[step]", "  ", '"the man IS"'))
+    assert any(context.endswith(" ") for item in theirs for context, _ in item)
+
+
+def test_piqa_and_arc_easy_ask_a_question(tmp_path):
+    (tmp_path / "valid.jsonl").write_text(
+        '{"goal": "open [title] a  jar", "sol1": "turn ", "sol2": "hit"}\n' * 2)
+    (tmp_path / "valid-labels.lst").write_text("1\n0\n")
+    first, second = tasks.piqa(tmp_path)
+    assert (first.context, first.choices, first.gold, second.gold) == (
+        "Question: open [title] a  jar\nAnswer:", ["turn ", "hit"], 1, 0)
+    questions = [{"id": i, "answerKey": key, "question": {"stem": "Why?", "choices": [
+        {"text": f"because {label}", "label": label} for label in labels]}}
+        for i, (key, labels) in enumerate([("C", "ABCD"), ("2", "1234"), ("A", "ABC"), ("E", "ABCDE")])]
+    (tmp_path / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    items = tasks.arc_easy(tmp_path)
+    assert [item.gold for item in items] == [2, 1, 0, 4]
+    assert [len(item.choices) for item in items] == [4, 4, 3, 5]
+    assert items[1].context == "Question: Why?\nAnswer:" and items[1].choices[0] == "because 1"
+
+
+def test_the_shared_files_are_read_whole():
+    directory = SHARED / "data/evals"
+    if not directory.is_dir():
+        pytest.skip(f"no {directory}")
+    found = {name: read(directory) for name, read in tasks.TASKS.items()}
+    assert {name: len(items) for name, items in found.items()} == {"hellaswag": 4000, "piqa": 1838,
+                                                                  "arc_easy": 2376}
+    assert {len(item.choices) for item in found["arc_easy"]} == {3, 4, 5}
+    assert {item.gold for item in found["piqa"]} == {0, 1}
+
+
+def test_spaces_at_the_end_of_a_context_go_to_the_continuation():
+    def pair(context, continuation):
+        return [BYTES.decode(tokens) for tokens in tasks.encode_pair(BYTES, context, continuation)]
+    assert pair("a b", " c") == ["a b", " c"]
+    assert pair("a b \n", " c") == ["a b", " \n c"]
+    assert pair("", " c") == pair("", " c") == ["<|endoftext|>", " c"]
+    assert pair("  ", " c") == ["<|endoftext|>", "   c"]
+
+
+def test_tokens_are_cut_where_the_tokens_of_the_context_end():
+    """As the harness does it, also where the whole is not cut there: the tokens of the whole after as
+    many."""
+    try:
+        gpt2 = data.get_tokenizer("gpt2")
+    except data.UserError:
+        pytest.skip("gpt2's files are not here: set TIKTOKEN_CACHE_DIR")
+    context, ending = tasks.encode_pair(gpt2, "Answer", "ing it")
+    assert [gpt2.decode([t]) for t in context] == ["Answer"]
+    assert [gpt2.decode([t]) for t in ending] == ["sw", "ering", " it"]  # of An-sw-ering it
+
+
+@pytest.mark.parametrize("budget", [1, 500, 10**6])
+def test_log_probabilities_are_those_of_each_choice_alone(model, budget, monkeypatch):
+    """Also where the context loses its beginning, and other endings of it do not (seq_len 100)."""
+    monkeypatch.setitem(tasks.TREE_TOKENS, "cpu", budget)
+    items = tasks.hellaswag(MARKED)
+    lengths = [[len(tokens) for tokens in tasks.encode_pair(BYTES, item.context, f" {text}")]
+               for item in items for text in item.choices]
+    cut = [sum(pair) > 101 for pair in lengths]
+    assert (any(cut) and not all(cut)
+            and {tuple(cut[i:i + 4]) for i in range(0, len(cut), 4)} - {4 * (True,), 4 * (False,)})
+    found = tasks.log_probabilities(model, items, BYTES, "float32")
+    wanted = [[plain_log_probability(model, BYTES, item.context, text) for text in item.choices]
+              for item in items]
+    assert np.abs(np.array(found) - wanted).max() < 1e-3
+    assert np.ptp(wanted, axis=1).min() > 0.1  # which 1e-3 tells apart
+
+
+def test_a_context_runs_once_for_all_its_endings(model):
+    item = tasks.Item("", "a context of many bytes that stays", ["one", "two", "three"], 0)
+    (row,) = tasks.trees([item], BYTES, 200)
+    assert len(row.tokens) == len(item.context) + sum(len(text) for text in item.choices)
+    cut = tasks.Item("", "a context of many bytes that is cut", ["one", "two", "three" * 5], 0)
+    assert [len(row.tokens) for row in tasks.trees([cut], BYTES, 30)] == [33, 30]
+
+
+def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
+    items, val = tasks.hellaswag(MARKED)[:4], data.open_data(corpus, 64)[1]
+
+    def scores():
+        return (tasks.log_probabilities(model, items, BYTES, "float32"),
+                evaluation.validate(model, val, 10**6, 8, "float32")["val_loss"])
+    before = scores()
+    with torch.no_grad():
+        model.head.weight[257:] = 9 * model.head.weight[:63]
+    assert scores() == before
+
+
+def test_answers_are_by_sum_and_by_character_the_first_of_equals():
+    item = tasks.Item("", "", ["ab", "abcd", "", "ééé"], 0)
+    assert tasks.answers(item, [-4.0, -6.0, -9.0, -4.2]) == (0, 3)
+    assert tasks.answers(item, [-4.0, -4.0, -9.0, -6.0]) == (0, 1)
+    assert tasks.answers(item, [-2.0, -4.0, -9.0, -3.0]) == (0, 0)
+
+
+def test_accuracies_have_the_harnesss_standard_errors(model):
+    items = tasks.hellaswag(MARKED)
+    scores, records = tasks.evaluate(model, "hellaswag", items, BYTES, "float32")
+    for name, key in ("acc", "answer"), ("acc_norm", "answer_norm"):
+        right = np.array([record[key] == item.gold for record, item in zip(records, items)], dtype=float)
+        assert scores[f"hellaswag_{name}"] == pytest.approx(right.mean())
+        assert scores[f"hellaswag_{name}_stderr"] == pytest.approx(right.std(ddof=1) / len(items)**0.5)
+    assert tasks.evaluate(model, "x", items[:1], BYTES, "float32")[0]["x_acc_stderr"] is None
+
+
+def test_an_ending_that_the_model_can_not_read_names_its_item(model):
+    item = tasks.Item("hellaswag_val.jsonl, line 7", "c", ["fits", "x" * 99, "x" * 100], 0)
+    for choices, fits in (item.choices[:2], True), (item.choices, False):
+        rows = lambda: tasks.trees([tasks.Item(item.where, "c", choices, 0)], BYTES, 100)  # noqa: E731
+        if fits:
+            assert max(map(len, (row.tokens for row in rows()))) >= 100
+        else:
+            with pytest.raises(data.UserError, match="line 7.*101 tokens.*100.*--seq_len"):
+                rows()
+
+
+########################################
+#             The command              #
+########################################
+
+def test_scores_items_and_limits(run, tmp_path, capsys):
+    out, scores, items = run("--steps", 1, *LONG), tmp_path / "scores.json", tmp_path / "items.jsonl"
+    capsys.readouterr()
+    evaluation.main([str(out), "--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED), "--limit", "9",
+                     "--json", str(scores), "--items", str(items), "--dtype", "bfloat16", "--device", "cpu"])
+    printed, found = capsys.readouterr().out, json.loads(scores.read_text())
+    assert {"val_loss", "bits_per_byte", "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_acc_stderr",
+            "hellaswag_acc_norm_stderr", "hellaswag_items_per_second"} <= found.keys()
+    assert all(f"{key}: {value}" in printed for key, value in found.items())
+    records = [json.loads(line) for line in items.read_text().splitlines()]
+    assert len(records) == found["hellaswag_items"] == 9
+    assert found["hellaswag_acc"] == sum(r["answer"] == r["gold"] for r in records) / 9
+    assert all(len(r["log_probabilities"]) == 4 and max(r["log_probabilities"]) < 0 for r in records)
+
+
+def test_two_ranks_find_what_one_finds(run, tmp_path):
+    out, flags = run("--steps", 1, *LONG), ["--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED)]
+    found = []
+    for ranks in 1, 2:
+        scores, items = tmp_path / f"{ranks}.json", tmp_path / f"{ranks}.jsonl"
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        f"--nproc_per_node={ranks}",
+                        ROOT / "eval.py", out, *flags, "--json", scores, "--items", items, "--device", "cpu"],
+                       check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        found.append((json.loads(scores.read_text()), items.read_text()))
+    (one, items), (two, same) = found
+    speed = "hellaswag_items_per_second"
+    assert items == same and one.pop(speed) > 0 and two.pop(speed) > 0
+    assert one.pop("val_loss") == pytest.approx(two.pop("val_loss"), abs=1e-6)
+    assert {key: one[key] for key in one if key.startswith("hellaswag")} == {
+        key: two[key] for key in two if key.startswith("hellaswag")}
+
+
+def test_misuse_is_one_message(run, fails, tmp_path):
+    out = run("--steps", 1)
+    fails(evaluation.main, [out, "--tasks", "helaswag"], "helaswag", "perplexity,hellaswag,piqa,arc_easy")
+    fails(evaluation.main, [out, "--limit", 0], "--limit", "at least 1")
+    fails(evaluation.main, [out, "--json", tmp_path / "no/where.json"], "no directory", tmp_path / "no")
+    fails(evaluation.main, [out, "--items", tmp_path], "is a directory", tmp_path)
+    fails(evaluation.main, [out, "--tasks", "hellaswag", "--eval_dir", MARKED], "line 1", "--seq_len",
+          "--limit")
+    fails(evaluation.main, [out, "--tasks", "piqa", "--eval_dir", tmp_path], "piqa", "valid.jsonl",
+          "python -m tools.download evals", "--eval_dir")
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    checkpoint["model"] = {k: v[:64] if k in ("embedding.weight", "head.weight") else v
+                           for k, v in checkpoint["model"].items()}
+    checkpoint["config"]["model"]["vocab_size"] = 64
+    torch.save(checkpoint, out / "ckpt.pt")
+    fails(evaluation.main, [out], "vocabulary of 64", "'bytes' wants 320")
+
+
+GOOD = json.dumps({"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": 1})
+
+
+@pytest.mark.parametrize("bad", [GOOD[:-20], "[1, 2]", "17", GOOD.replace("1}", "2}"),
+                                 GOOD.replace("1}", "-1}"),
+                                 GOOD.replace('"b"', "3"), GOOD.replace(', "label": 1', ""),
+                                 GOOD.replace('["d", "e"]', "null"), GOOD.replace('"c"', "null"),
+                                 GOOD.replace('["d", "e"]', '"de"'), GOOD.replace("1}", "0.5}"),
+                                 GOOD.replace("1}", "Infinity}"), "[" * 100_000,
+                                 GOOD.replace('["d", "e"]', "[1, 2]"), GOOD.replace('"a"', '{"a": 1}')])
+def test_a_bad_line_is_named(tmp_path, bad):
+    (tmp_path / "hellaswag_val.jsonl").write_text(f"{GOOD}\n{bad}\n")
+    with pytest.raises(data.UserError, match=r"hellaswag_val.jsonl, line 2.*tools.download evals"):
+        tasks.hellaswag(tmp_path)
+
+
+def test_files_that_are_missing_half_there_empty_or_do_not_fit(tmp_path):
+    def refused(read, *fragments):
+        with pytest.raises(data.UserError) as caught:
+            read(tmp_path)
+        assert all(fragment in str(caught.value) for fragment in (*fragments, "tools.download evals"))
+    refused(tasks.hellaswag, "no hellaswag_val.jsonl")
+    (tmp_path / "hellaswag_val.jsonl.part").write_text(GOOD)
+    refused(tasks.hellaswag, "hellaswag_val.jsonl.part", "half")
+    (tmp_path / "hellaswag_val.jsonl").write_text("\n")
+    refused(tasks.hellaswag, "empty")
+    (tmp_path / "hellaswag_val.jsonl").write_bytes(b"\xff\xfe")
+    refused(tasks.hellaswag, "not UTF-8")
+    (tmp_path / "piqa_valid.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n' * 3)
+    (tmp_path / "piqa_valid-labels.lst").write_bytes(b"\xff\xfe1")
+    refused(tasks.piqa, "labels.lst", "not UTF-8")
+    for labels in "0\n1\n", "0\n1\n2\n", "0\n1\n1\n0\n", "":
+        (tmp_path / "piqa_valid-labels.lst").write_text(labels)
+        refused(tasks.piqa, f"{len(labels.split())} labels", "3 items")
+    (tmp_path / "ARC-Easy-Test.jsonl").write_text(
+        '{"answerKey": "D", "question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}}')
+    refused(tasks.arc_easy, "line 1", "'D' is not in list")
