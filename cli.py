@@ -40,6 +40,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(kind, below):
+    """For add_argument(type=...): an int or a float, whichever kind is, in [0, below)."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not 0 <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} has to be {'a whole' if kind is int else 'a'} number "
+                                             f"of at least 0, below {below:g}")
+        return value
+    return parse
+
+
 class Progress:
     """progress(done, total): a line on the terminal of rank 0 with the rate and the time left, if there is a
     terminal; it goes when all is done."""

@@ -5,7 +5,6 @@
     python sample.py out/run --bench          tokens per second of these factors, and of dense weights
 """
 
-import argparse
 import codecs
 import math
 import sys
@@ -121,20 +120,6 @@ def read_prompt(given: str | None, tokenizer, seq_len: int) -> tuple[str, list[i
     return given or "", tokens
 
 
-def temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} has to be a number of at least 0")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text} has to be in [0, 2^62)")
-    return value
-
-
 @cli.command
 def main(argv=None):
     parser = cli.Parser(__doc__)
@@ -142,10 +127,11 @@ def main(argv=None):
     parser.add_argument("--prompt", help="text to go on from; - reads it from standard input (none: the "
                         "start of a document)")
     parser.add_argument("--tokens", type=cli.positive, default=200, help="tokens to draw (200)")
-    parser.add_argument("--temperature", type=temperature, default=0.8,
+    parser.add_argument("--temperature", type=cli.number(float, math.inf), default=0.8,
                         help="0 always takes the likeliest (0.8)")
     parser.add_argument("--top_k", type=cli.positive, default=50, help="draw among this many (50)")
-    parser.add_argument("--seed", type=seed, default=1, help="of the first text; the next has seed + 1 (1)")
+    parser.add_argument("--seed", type=cli.number(int, 2**62), default=1,
+                        help="of the first text; the next has seed + 1 (1)")
     parser.add_argument("-n", type=cli.positive, default=1, help="texts to draw; the first is streamed (1)")
     parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",

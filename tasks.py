@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import UserError
+from kernels import causal_attention
 from model import Llama
 from settings import my_rank, precision, sum_over_ranks
 
@@ -135,24 +136,35 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
 
 
 class Tree:
-    """A context and the endings that go on from it, in one row: each ending attends to the context and to
-    itself, and stands at the positions after the context."""
+    """A context and the endings that go on from it, in one row, each token once: what endings begin with alike
+    is shared as the context is. A token attends to those that stand before it in its own text.
 
-    def __init__(self, context: list[int]):
-        self.tokens, self.positions, self.branch = (list(context), list(range(len(context))),
-                                                    [0] * len(context))
-        # the place that predicts, what, for which choice
+    tokens, their positions, and after[i], where the texts that go through token i end, are of the row; sources,
+    targets, choices are of what is scored: the place that predicts, the token, and whose choice it is of.
+    """
+
+    def __init__(self, context: list[int], endings: list[tuple[list[int], int]]):
+        self.tokens, self.positions, self.after = [], [], []
         self.sources, self.targets, self.choices = [], [], []
-        self.context = len(context)
-
-    def add(self, ending: list[int], choice: int) -> None:
-        start, count = len(self.tokens), len(ending) - 1  # the last token is only predicted
-        self.sources += [self.context - 1, *range(start, start + count)]
-        self.targets += ending
-        self.choices += [choice] * len(ending)
-        self.tokens += ending[:-1]
-        self.positions += range(self.context, self.context + count)
-        self.branch += [max(self.branch) + 1] * count
+        path, last = [], []  # the row's places of the last text's tokens, and these tokens
+        endings = sorted(endings)  # those that begin alike follow each other
+        if len(endings[-1][0]) > len(endings[0][0]):
+            endings.reverse()
+        self.chain = len(context) + len(endings[0][0]) - 1  # so many tokens, the most, are one text
+        for ending, choice in endings:
+            text = context + ending[:-1]  # the last token is only predicted
+            shared = next((i for i, (a, b) in enumerate(zip(text, last)) if a != b), min(len(text), len(last)))
+            path, last = path[:shared], text
+            for token in text[shared:]:
+                self.tokens.append(token)
+                self.positions.append(len(path))
+                self.after.append(0)
+                path.append(len(self.tokens) - 1)
+            for place in path:
+                self.after[place] = len(self.tokens)
+            self.sources += path[len(context) - 1:]
+            self.targets += ending
+            self.choices += [choice] * len(ending)
 
 
 def trees(items: list[Item], tokenizer, seq_len: int) -> list[Tree]:
@@ -161,7 +173,7 @@ def trees(items: list[Item], tokenizer, seq_len: int) -> list[Tree]:
     longer than seq_len."""
     rows, choice = [], 0
     for item in items:
-        mine = {}  # contexts of one item differ only where they were cut
+        endings = {}  # by context; those of one item differ only where they were cut
         for text in item.choices:
             context, ending = encode_pair(tokenizer, item.context, f" {text}")
             if not 0 < len(ending) <= seq_len:
@@ -169,9 +181,9 @@ def trees(items: list[Item], tokenizer, seq_len: int) -> list[Tree]:
                                 f"to {seq_len:,}: {text[:60]!r}. Train with a longer --seq_len, or leave the "
                                 "item out with --limit")
             context = context[max(0, len(context) + len(ending) - seq_len - 1):]
-            mine.setdefault(tuple(context), Tree(context)).add(ending, choice)
+            endings.setdefault(tuple(context), []).append((ending, choice))
             choice += 1
-        rows += mine.values()
+        rows += [Tree(list(context), some) for context, some in endings.items()]
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
@@ -181,14 +193,18 @@ def score(model: Llama, rows: list[Tree], n_vocab: int, dtype: str) -> tuple[Ten
     the softmax is over the first n_vocab entries."""
     device = next(model.parameters()).device
     T = max(len(row.tokens) for row in rows)
-    tokens, positions, branch = (
-        torch.tensor([values + [fill] * (T - len(values)) for values in column], device=device)
-        for fill, column in zip((0, 0, -1), zip(*((r.tokens, r.positions, r.branch) for r in rows))))
-    seen = ((branch == 0).unsqueeze(1) | (branch.unsqueeze(1) == branch.unsqueeze(2))).tril().unsqueeze(1)
+    tokens, positions, after = (
+        torch.tensor([values + [0] * (T - len(values)) for values in column], device=device)
+        for column in zip(*((row.tokens, row.positions, row.after) for row in rows)))
+    chain, key = min(row.chain for row in rows), torch.arange(T, device=device)
+    query = key[chain:].unsqueeze(1)
+    seen = ((key <= query) & (query < after.unsqueeze(1)) | (key == query)).unsqueeze(1)  # padding: itself
     mask = torch.zeros(seen.shape, device=device, dtype=getattr(torch, dtype)).masked_fill_(~seen, -math.inf)
 
     def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # added to the scores
+        y = causal_attention(*(x[:, :, :chain] for x in (q, k, v)))
+        return y if chain == T else torch.cat(
+            [y, F.scaled_dot_product_attention(q[:, :, chain:], k, v, attn_mask=mask)], dim=2)
 
     places = torch.tensor([T * i + source for i, row in enumerate(rows) for source in row.sources])
     targets = torch.tensor([target for row in rows for target in row.targets], device=device)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import data
 import eval as evaluation
+import sample
 import tasks
+import train
 from conftest import ROOT, SHARED
 from model import Llama, LlamaConfig
 
@@ -121,12 +124,13 @@ def test_log_probabilities_are_those_of_each_choice_alone(model, budget, monkeyp
     assert np.ptp(wanted, axis=1).min() > 0.1  # which 1e-3 tells apart
 
 
-def test_a_context_runs_once_for_all_its_endings(model):
+def test_a_context_and_what_endings_begin_with_run_once():
     item = tasks.Item("", "a context of many bytes that stays", ["one", "two", "three"], 0)
     (row,) = tasks.trees([item], BYTES, 200)
-    assert len(row.tokens) == len(item.context) + sum(len(text) for text in item.choices)
+    assert BYTES.decode(row.tokens[len(item.context):]) == " onthrew"  # of " one", " three" and " two"
+    assert row.chain == len(item.context) + len(" on") and len(row.targets) == len(" one two three")
     cut = tasks.Item("", "a context of many bytes that is cut", ["one", "two", "three" * 5], 0)
-    assert [len(row.tokens) for row in tasks.trees([cut], BYTES, 30)] == [33, 30]
+    assert [len(row.tokens) for row in tasks.trees([cut], BYTES, 30)] == [32, 30]
 
 
 def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
@@ -186,6 +190,31 @@ def test_scores_items_and_limits(run, tmp_path, capsys):
     assert len(records) == found["hellaswag_items"] == 9
     assert found["hellaswag_acc"] == sum(r["answer"] == r["gold"] for r in records) / 9
     assert all(len(r["log_probabilities"]) == 4 and max(r["log_probabilities"]) < 0 for r in records)
+
+
+@pytest.mark.parametrize("flags", [*(["--method", name] for name in train.METHODS), ["--factorize", "ffn"]],
+                         ids=str)
+def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, flags):
+    out = run("--steps", 1, *LONG, *flags)
+    scores = tmp_path / "scores.json"
+    evaluation.main([str(out), "--tasks", "hellaswag", "--eval_dir", str(MARKED), "--json", str(scores)])
+    assert json.loads(scores.read_text())["hellaswag_items"] == 24
+    capsys.readouterr()
+    sample.main([str(out), "--tokens", "3"])
+    assert capsys.readouterr().out
+
+
+def test_progress_is_a_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
+    for terminal in True, False:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        progress = cli.Progress("hellaswag", "items")
+        progress.started -= 10
+        for done in 0, 5, 20:
+            progress.shown = 0.0
+            progress(done, 20)
+        shown = capsys.readouterr().err
+        assert ("hellaswag: 5/20 items, 0.5 a second, 0:00:30 left" in shown) == terminal
+        assert shown.endswith("\033[K") == terminal and (terminal or not shown)
 
 
 def test_two_ranks_find_what_one_finds(run, tmp_path):
