@@ -66,7 +66,7 @@ class Progress:
         now = time.monotonic()
         if self.silent or (done < total and now - self.shown < 0.5):
             return
-        self.shown, rate = now, done / (now - self.started)
+        self.shown, rate = now, done / max(now - self.started, 1e-9)
         left = round((total - done) / rate) if rate else 0
         print(f"\r\033[K{self.what}: {done:,}/{total:,} {self.unit}, {rate:,.1f} a second, {left // 3600}:"
               f"{left // 60 % 60:02}:{left % 60:02} left" if 0 < done < total else "\r\033[K", end="",

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,11 +137,11 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
 
 
 class Tree:
-    """A context and the endings that go on from it, in one row, each token once: what endings begin with alike
-    is shared as the context is. A token attends to those that stand before it in its own text.
+    """A context and the endings that go on from it, in one row, each token once: what endings begin with
+    alike is shared as the context is. A token attends to those that stand before it in its own text.
 
-    tokens, their positions, and after[i], where the texts that go through token i end, are of the row; sources,
-    targets, choices are of what is scored: the place that predicts, the token, and whose choice it is of.
+    Of the row: tokens, their positions, and after[i], where the texts that go through token i end. Of what is
+    scored: sources, the places that predict; targets, the tokens; choices, whose they are.
     """
 
     def __init__(self, context: list[int], endings: list[tuple[list[int], int]]):
@@ -153,7 +154,8 @@ class Tree:
         self.chain = len(context) + len(endings[0][0]) - 1  # so many tokens, the most, are one text
         for ending, choice in endings:
             text = context + ending[:-1]  # the last token is only predicted
-            shared = next((i for i, (a, b) in enumerate(zip(text, last)) if a != b), min(len(text), len(last)))
+            shared = next((i for i, (a, b) in enumerate(zip(text, last)) if a != b),
+                          min(len(text), len(last)))
             path, last = path[:shared], text
             for token in text[shared:]:
                 self.tokens.append(token)
@@ -229,16 +231,30 @@ def batched(rows: list[Tree], budget: int) -> list[list[Tree]]:
     return batches
 
 
+def a_batch_a_core(device, function, batches):
+    """map(function, batches); on a CPU each core takes batches of its own, which are too small to share."""
+    if device.type != "cpu":
+        return (yield from map(function, batches))
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            yield from pool.map(function, batches)
+    finally:
+        torch.set_num_threads(cores)
+
+
 def log_probabilities(model, items, tokenizer, dtype: str, progress=None) -> list[list[float]]:
     """The log-probability of each choice of each item, on every rank. The batches do not depend on the number
     of ranks, which take them in turn."""
     (rank, ranks), device = my_rank(), next(model.parameters()).device
     batches = batched(trees(items, tokenizer, model.config.seq_len), TREE_TOKENS[device.type])
-    sums = torch.zeros(sum(len(item.choices) for item in items), dtype=torch.float64)
-    for i in range(rank, len(batches), ranks):
-        sums.index_add_(0, *score(model, batches[i], tokenizer.n_vocab, dtype))
+    mine, sums = batches[rank::ranks], torch.zeros(sum(len(item.choices) for item in items)).double()
+    scored = a_batch_a_core(device, lambda rows: score(model, rows, tokenizer.n_vocab, dtype), mine)
+    for done, (choices, log_p) in enumerate(scored, 1):
+        sums.index_add_(0, choices, log_p)
         if progress:
-            progress(min(len(batches), i + ranks) * len(items) // len(batches), len(items))
+            progress(done * len(items) // len(mine), len(items))
     values = iter(sum_over_ranks(sums).tolist())
     return [[next(values) for _ in item.choices] for item in items]
 

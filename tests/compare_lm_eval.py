@@ -4,7 +4,7 @@ tokens, truncation, batches and metrics.
     pip install -r tests/requirements-compare.txt
     python tests/compare_lm_eval.py out/run --eval_dir data/evals [--limit N]
 
-In float32, one task after the other: how fast both are on the first 128 items, in turn, the harness at the
+In float32, one task after the other: how fast both are on the first 512 items, in turn, the harness at the
 fastest of --batch_sizes; then all items. Prints both; ends with an error where a log-probability differs by
 1e-3 or more, an answer on an item that is not a tie, or an accuracy in its fourth digit.
 """
@@ -31,7 +31,7 @@ import cli
 import tasks
 from eval import load_run, task_names
 
-TOLERANCE = 1e-3
+TOLERANCE, SPEED_ITEMS = 1e-3, 512
 
 
 class Adapter(HFLM):
@@ -117,8 +117,8 @@ def tie(values, width: float) -> bool:
 
 
 def speeds(model, tokenizer, task: str, config: str, items, batch_sizes, rounds: int = 3) -> str:
-    """Items per second of ours and of the harness at its best batch size, in turn, on the first 128 items."""
-    items = items[:128]
+    """Items per second of ours and of the harness at its best batch size, in turn, on the first items."""
+    items = items[:SPEED_ITEMS]
 
     def theirs(size, count):
         return count / harness(model, tokenizer, task, config, size, count)[-1]
