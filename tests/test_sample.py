@@ -1,6 +1,7 @@
 """sample.py: the KV cache against the uncached model, what is drawn, and how it reaches the terminal."""
 
 import io
+import signal
 import subprocess
 import sys
 import threading
@@ -162,7 +163,9 @@ def test_it_streams(trained):
 def test_ctrl_c_and_a_reader_that_goes_away_leave_no_traceback(trained):
     command = [sys.executable, ROOT / "sample.py", trained, "--tokens", "100000000"]
     for stop, code in (lambda p: p.send_signal(2), 130), (lambda p: p.stdout.close(), 141):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(  # in the background a shell has SIGINT ignored, and children with it
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         process.stdout.read(50)
         stop(process)
         assert process.wait(60) == code and process.stderr.read() == b""
