@@ -5,6 +5,7 @@ train.py owns the table of methods and passes it in.
 """
 
 import argparse
+import importlib
 import math
 import os
 import textwrap
@@ -161,6 +162,9 @@ def join_ranks(device: str) -> torch.device:
                             f"{torch.cuda.device_count()} at most, or --device cpu")
         torch.cuda.set_device(where)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Imported later, by DDP or an optimizer, it would keep the group alive in default arguments: Gloo's
+        # threads would outlive destroy_process_group, and now and then abort the interpreter's exit.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return where
 

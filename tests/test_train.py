@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,22 @@ def torchrun(corpus, out, ranks, *flags):
     return subprocess.run([*command, *TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)],
                           cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists the threads of a process in /proc")
+def test_no_thread_of_the_process_group_outlives_a_run(corpus, tmp_path):
+    """One that does may want the interpreter's lock while it goes, and abort a run that has ended well."""
+    (tmp_path / "run.py").write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        f"train.main({[*TINY, '--steps', '1', '--data', str(corpus), '--out', str(tmp_path / 'out')]})\n"
+        "names = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "sys.exit(f'left: {names}' if any('gloo' in name for name in names) else 0)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", tmp_path / "run.py"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
