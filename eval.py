@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 import cli
+import methods
 from cli import UserError
 from data import Split, get_tokenizer, open_data, padded_vocabulary, token_bytes
 from kernels import cross_entropy
-from model import Llama, LlamaConfig
+from model import FactorizedLinear, Llama, LlamaConfig
 from settings import choose_device, join_ranks, my_rank, precision, sum_over_ranks
 from tasks import TASKS, evaluate, trees
 
@@ -40,8 +41,9 @@ def load_checkpoint(path) -> dict:
                         "python train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = ({"model", "optimizers", "step", "seconds"} - checkpoint.keys()
-                   | {"model", "method", "tokenizer", "data", "seq_len"} - checkpoint["config"].keys())
+        missing = ({"model", "optimizers", "step", "seconds", "flops"} - checkpoint.keys()
+                   | {"model", "method", "method_args", "tokenizer", "data",
+                      "seq_len"} - checkpoint["config"].keys())
         if missing:
             raise KeyError(missing)
     except BROKEN as error:
@@ -53,10 +55,13 @@ def load_checkpoint(path) -> dict:
 def load_model(checkpoint: dict, device) -> Llama:
     """The model of a checkpoint, with the checkpoint's tensors as its own. UserError where its weights do not
     fit its config."""
+    config, weights = checkpoint["config"], checkpoint["model"]
+    guided = any(name.endswith(".W") for name in weights)  # a method's own layers, as long as it needs them
+    linear = methods.find(config["method"], config["method_args"]).linear if guided else FactorizedLinear
     try:
         with torch.device("meta"):  # weights that are loaded need not be drawn
-            model = Llama(LlamaConfig(**checkpoint["config"]["model"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
+            model = Llama(LlamaConfig(**config["model"]), linear)
+        model.load_state_dict(weights, assign=True)
     except BROKEN as error:
         raise UserError("the checkpoint is damaged: its weights do not fit its config "
                         f"({type(error).__name__})") from None

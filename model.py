@@ -34,12 +34,16 @@ class LlamaConfig:
         return 256 * math.ceil(8 * self.dim / 3 / 256)
 
 
-# Table 5, under the nominal number of parameters of the dense model; and one size for a laptop, on bytes.
+# Table 5, under the nominal number of parameters of the dense model.
 SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_heads in [
     ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12),
     ("220M", 896, 16, 14), ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24),
     ("835M", 1536, 26, 24), ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
-SIZES["nano"] = LlamaConfig(256, 4, 4, vocab_size=320, seq_len=256)
+# For laptops, on bytes: nano, and its neighbours under their number of parameters with dense weights.
+NANO_SIZES = {name: LlamaConfig(dim, n_layers, n_heads, vocab_size=320, seq_len=256)
+              for name, dim, n_layers, n_heads in [("nano-0.6M", 128, 2, 2), ("nano-1.4M", 192, 3, 3),
+                                                   ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6)]}
+SIZES.update(NANO_SIZES)
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
 SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
 
@@ -127,6 +131,10 @@ class FactorizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
 
+    def product(self) -> Tensor:
+        """W = A B^T (m, n), in float64: for export, never for training."""
+        return self.A.double() @ self.B.double().T
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
@@ -137,7 +145,7 @@ def side_by_side(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
     Not for the few rows of decoding, which would wait for the factors to be copied.
     """
     few = x.numel() < FEW_ROWS * x.size(-1)
-    if few or not all(isinstance(layer, FactorizedLinear) for layer in layers):
+    if few or not all(type(layer) is FactorizedLinear for layer in layers):
         return [layer(x) for layer in layers]
     z = F.linear(x, torch.cat([layer.B for layer in layers], dim=1).T)
     return [F.linear(part, layer.A, layer.bias)
@@ -224,7 +232,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         wide = x.numel() // x.size(-1) * gate.out_features
-        plain = all(isinstance(w, FactorizedLinear) and w.bias is None for w in (gate, up, down))
+        plain = all(type(w) is FactorizedLinear and w.bias is None for w in (gate, up, down))
         if x.device.type == "cpu" and wide >= SAVE_MEMORY_FROM and plain and gate.rank == up.rank:
             factors = torch.cat([gate.B, up.B], dim=1), gate.A, up.A, down.B, down.A
             return LowRankSwiGLU.apply(x.flatten(0, -2), *(w.to(x.dtype) for w in factors)).view(x.shape)
@@ -259,12 +267,12 @@ def _dense(n: int, m: int, draw) -> nn.Linear:
 class Llama(nn.Module):
     """The paper's decoder: RMSNorm, RoPE, multi-head attention, SwiGLU, no biases, untied embedding and head.
 
-    Inside the blocks every matrix is a FactorizedLinear (or an nn.Linear where the config says dense);
-    embedding and head are dense. torch.manual_seed before building it decides the weights, whatever the
-    device.
+    Inside the blocks every matrix is a `linear`, called with (in_features, out_features, rank), or an
+    nn.Linear where the config says dense; embedding and head are dense. torch.manual_seed before building it
+    decides the weights, whatever the device.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, linear=FactorizedLinear):
         super().__init__()
         if config.dim % (2 * config.n_heads):
             raise ValueError(f"dim {config.dim} does not divide into {config.n_heads} heads of even width")
@@ -273,7 +281,7 @@ class Llama(nn.Module):
         V, D = config.vocab_size, config.dim
 
         def factorized(n, m):
-            return FactorizedLinear(n, m, rank_of(config.rank_ratio, n, m))
+            return linear(n, m, rank_of(config.rank_ratio, n, m))
 
         def dense(n, m):
             return _dense(n, m, lambda m, n: uniform_weight(n, m))
@@ -317,11 +325,12 @@ class Llama(nn.Module):
 
     def flops_per_token(self) -> int:
         """Executed matmul FLOPs of one token, forward and backward: 6 per weight but the embedding's, and
-        attention.
+        attention. What a layer calls idle is left out.
 
         Attention is counted causally, as half of the T x T scores: 6 * n_layers * T * D.
         """
         weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        weights -= sum(getattr(layer, "idle", 0) for layer in self.modules())
         return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
 
 

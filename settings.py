@@ -1,7 +1,5 @@
 """The settings of a run: its flags, the defaults that follow from size, method and hardware, what is refused,
 what it costs.
-
-train.py owns the table of methods and passes it in.
 """
 
 import argparse
@@ -18,24 +16,25 @@ import torch.distributed as dist
 
 import cli
 import data
+import methods
 from cli import UserError
-from model import ALIASES, SIZES, FactorizedLinear, count_parameters, rank_of, split_parameters
+from model import ALIASES, NANO_SIZES, SIZES, FactorizedLinear, count_parameters, rank_of, split_parameters
 
 # What --size decides besides the architecture. The paper's sizes: 512 sequences of 2,048 tokens
 # (Appendix E.3).
 PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
 NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=600)
-COMMON = dict(weight_decay=0.0, seed=0, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
-              power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, eval_tokens=10 * 2**20,
-              spectra_every=10, stop_at=None, out=None)
+COMMON = dict(method_args={}, weight_decay=0.0, seed=0, factorize="all", orthogonalize=True,
+              renormalize=True, ns_steps=5, power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02,
+              eval_tokens=10 * 2**20, spectra_every=10, stop_at=None, on_nonfinite="stop", out=None)
 # The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/nano/table.md
 NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 1.0}
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
-              "stop_at"}  # at --resume
+              "stop_at", "on_nonfinite"}  # at --resume
 ACTIONS = {"resume", "overwrite", "dry_run"}  # what to do with a run, not a setting of it
 
 
-def parse(argv, description: str, methods: dict) -> dict:
+def parse(argv, description: str) -> dict:
     """The flags that were given, and only those."""
     parser = cli.Parser(description)
 
@@ -46,16 +45,19 @@ def parse(argv, description: str, methods: dict) -> dict:
     def toggle(name, help):
         add(name, help, action=argparse.BooleanOptionalAction)
 
-    add("size", "nano, " + ", ".join(name for name in SIZES if name not in (*ALIASES, "nano")) + "; "
-        + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()) + " (nano)",
+    add("size", ", ".join([*NANO_SIZES, *(name for name in SIZES if name not in {**ALIASES, **NANO_SIZES})])
+        + "; " + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()) + " (nano)",
         choices=list(SIZES), metavar="SIZE")
-    add("method", f"{', '.join(methods)} (spectron)", choices=list(methods), metavar="METHOD")
+    add("method", f"{', '.join(methods.names())} (spectron)", choices=methods.names(), metavar="METHOD")
+    add("method_args", "of a method in baselines/, e.g. --method self-guided --method_args optimizer=muon",
+        nargs="+", metavar="KEY=VALUE")
     toggle("orthogonalize", "spectron: Newton-Schulz on each factor's momentum (on)")
     toggle("renormalize", "spectron: divide lr by sigma_A + sigma_B + 1 (on)")
     add("rank_ratio", "rank over the input width of each matrix, in (0, 1] (0.25)", float)
     add("factorize", "which matrices of a block are low-rank: all, or ffn (all)", choices=["all", "ffn"])
     add("lr", "learning rate of the block matrices; for spectron the bound on ||dW||_2 of a step\n("
-        + ", ".join(f"{name} {method.lr:g}, at nano {method.nano_lr:g}" for name, method in methods.items())
+        + ", ".join(f"{name} {method.lr:g}, at nano {method.nano_lr:g}"
+                    for name, method in methods.METHODS.items())
         + ";\nat the paper's sizes from public launches and the field's practice, untested here)", float)
     add("adam_lr", "AdamW's learning rate for embedding, head and norms (3e-3, untested at the paper's "
         "sizes)", float)
@@ -88,13 +90,19 @@ def parse(argv, description: str, methods: dict) -> dict:
     add("save_every", "steps between checkpoints (a tenth of --steps)", int)
     add("spectra_every", "steps between logged steps, each with the norms of one matrix (10)", int)
     add("spectra_of", "that matrix, e.g. blocks.0.ffn.down_proj (attention.o_proj of the middle block)")
+    add("on_nonfinite", "what a gradient that is not finite does: stop, with an error, or record, which "
+        "marks the run\nas diverged in its log and ends it without one, for sweeps (stop)",
+        choices=["stop", "record"])
     add("resume", "go on from the checkpoint in --out", action="store_true")
     add("overwrite", "start anew in an --out that has a run", action="store_true")
     add("dry_run", "print what would be trained and what it needs, and end", action="store_true")
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if "method_args" in given:
+        given["method_args"] = methods.parse_args(given["method_args"])
+    return given
 
 
-def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -> SimpleNamespace:
+def resolve(given: dict, ranks: int, saved: dict | None = None) -> SimpleNamespace:
     """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults,
     which follow from size, method and hardware. UserError where one makes no sense."""
     settings = {key: value for key, value in given.items() if key not in ACTIONS}
@@ -104,15 +112,16 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
         compiles = saved["compile"] and device == saved["device"]
         c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **settings, "device": device})
     else:
-        size, method = given.get("size", "nano"), given.get("method", "spectron")
-        check_method(settings, methods, method)
-        c = SimpleNamespace(**{**defaults(size, method, methods[method], device), **settings})
+        size, name = given.get("size", "nano"), given.get("method", "spectron")
+        method = methods.find(name, given.get("method_args"))
+        check_method(settings, name, method)
+        c = SimpleNamespace(**{**defaults(size, name, method, device), **settings})
         check_ratio(c)
         c.eval_every, c.save_every = (given.get(key, max(1, c.steps // 10))
                                       for key in ("eval_every", "save_every"))
         known = Path(c.data).is_dir()
         c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if known
-                       else "bytes" if size == "nano" else "gpt2")
+                       else "bytes" if size in NANO_SIZES else "gpt2")
         c.model = asdict(replace(SIZES[size], vocab_size=data.padded_vocabulary(c.tokenizer),
                                  seq_len=c.seq_len, rank_ratio=c.rank_ratio, factorize=c.factorize))
     check_values(settings)
@@ -122,14 +131,14 @@ def resolve(given: dict, methods: dict, ranks: int, saved: dict | None = None) -
 
 def defaults(size: str, name: str, method, device: str) -> dict:
     """What is not given: by size, by method, and by what the hardware can do."""
-    nano = size == "nano"
+    nano = size in NANO_SIZES
     return {"size": size, "method": name, "lr": method.nano_lr if nano else method.lr,
             "seq_len": SIZES[size].seq_len,
             "steps": NANO["steps"] if nano else paper_steps(size, method.dense),
             **COMMON, **(NANO if nano else PAPER),
             "rank_ratio": None if method.dense else 0.25, "batch_size": 16 if nano or device == "cuda" else 1,
             "device": device, "dtype": "bfloat16" if native_bf16(device) else "float32",
-            "compile": device == "cuda" and not nano,
+            "compile": device == "cuda" and not nano and method.compiles,
             "spectra_of": f"blocks.{SIZES[size].n_layers // 2}.attention.o_proj"}
 
 
@@ -205,13 +214,14 @@ def native_bf16(device: str) -> bool:
 #            What is refused           #
 ########################################
 
-def check_method(settings: dict, methods: dict, name: str) -> None:
+def check_method(settings: dict, name: str, method) -> None:
     """UserError for a flag that the method does not have."""
-    optional = {flag for method in methods.values() for flag in method.flags}
-    for flag in sorted(optional & set(settings) - set(methods[name].flags)):
+    core = methods.METHODS
+    optional = {flag for other in core.values() for flag in other.flags}
+    for flag in sorted(optional & set(settings) - set(method.flags)):
         written = f"--no-{flag}" if settings[flag] is False else f"--{flag}"
         raise UserError(f"{written} does not apply to --method {name}; it is a flag of --method "
-                        + " or ".join(other for other in methods if flag in methods[other].flags))
+                        + " or ".join(other for other in core if flag in core[other].flags))
     for flag, toggle in ("ns_steps", "orthogonalize"), ("power_steps", "renormalize"):
         if flag in settings and settings.get(toggle) is False:
             raise UserError(f"--{flag} has no effect with --no-{toggle}: leave one of them out")
@@ -318,7 +328,7 @@ def memory(c, model) -> str:
                  + width * sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
                  + width * c.model["vocab_size"])  # logits, which the loss replaces by their gradient
     parts = {"weights": 4 * total, "gradients": 4 * total,
-             "optimizer": 4 * matrices * (2 if "adamw" in c.method else 1) + 8 * (total - matrices),
+             "optimizer": (4 if c.method in ("spectron", "dense") else 8) * matrices + 8 * (total - matrices),
              "activations, about": per_token * c.batch_size * c.seq_len}
     return (", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
             + f"; {sum(parts.values()) / 1e9:.1f} GB")

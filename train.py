@@ -20,9 +20,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -31,14 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 import data
+import methods
 import plot
 import sample
 import settings
 from cli import UserError
 from eval import BROKEN, load_checkpoint, load_model, validate
-from model import Llama, LlamaConfig, block_matrices, split_parameters
+from model import FEW_ROWS, FactorizedLinear, Llama, LlamaConfig, block_matrices
 from settings import precision
-from spectron import Spectron
 
 FINAL_EVAL_TOKENS = 100_000_000
 WARMUP = 0.05  # of the steps
@@ -46,71 +44,6 @@ CLIP = 1.0  # on the norm of all gradients together
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
                    "A100": 312e12, "L40S": 362e12, "L4": 121e12,
                    "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
-
-
-########################################
-#               Methods                #
-########################################
-
-def adamw(params, lr, c):
-    """AdamW for these parameters; gains are not decayed."""
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=c.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
-                             fused=params[0].device.type in ("cpu", "cuda") or None)
-
-
-def muon(params, lr, c):
-    return torch.optim.Muon(params, lr=lr, weight_decay=c.weight_decay, momentum=c.momentum,
-                            nesterov=c.nesterov, ns_steps=c.ns_steps)
-
-
-def spectron_optimizers(model, c):
-    pairs, dense, others = split_parameters(model)
-    spectron = Spectron(
-        pairs, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov,
-        shape_scale=c.shape_scale, ns_steps=c.ns_steps, power_steps=c.power_steps,
-        orthogonalize=c.orthogonalize, renormalize=c.renormalize,
-        ns_dtype=torch.bfloat16 if c.dtype == "bfloat16" else None)
-    return [spectron, *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
-
-
-def adamw_optimizers(model, c):
-    pairs, dense, others = split_parameters(model)
-    return [adamw([p for pair in pairs for p in pair] + dense, c.lr, c), adamw(others, c.adam_lr, c)]
-
-
-def muon_optimizers(model, c):
-    _, dense, others = split_parameters(model)
-    return [muon(dense, c.lr, c), adamw(others, c.adam_lr, c)]
-
-
-@dataclass
-class Method:
-    """How W is stored and how it is updated."""
-    dense: bool
-    optimizers: Callable  # (model, settings) -> optimizers that together hold every parameter once
-    lr: float  # of the block matrices, at the paper's sizes
-    nano_lr: float  # the best of results/nano/table.md
-    flags: tuple = ()  # what can be set for this method and not for all
-
-
-MUON_FLAGS = "momentum", "nesterov", "ns_steps"
-LOW_RANK_FLAGS = "rank_ratio", "factorize"
-SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
-METHODS = {
-    "spectron": Method(False, spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
-    "adamw": Method(False, adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
-    "dense": Method(True, muon_optimizers, 0.02, 0.02, MUON_FLAGS),
-    "dense-adamw": Method(True, adamw_optimizers, 6e-4, 1e-3),
-}
-
-
-def assert_assigned(model, optimizers) -> None:
-    """Every parameter belongs to exactly one optimizer."""
-    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    wrong = [name for name, p in model.named_parameters() if held.count(id(p)) != 1]
-    assert not wrong and len(held) == len(list(model.parameters())), f"not in exactly one optimizer: {wrong}"
 
 
 ########################################
@@ -141,8 +74,12 @@ def backward(network, train, c, step: int, device, rank: int, ranks: int) -> tor
     return total
 
 
+class NonFinite(UserError):
+    """A gradient that is not finite."""
+
+
 def clip_gradients(model, step: int, lr: float) -> None:
-    """Clip the norm of all gradients to CLIP. UserError, before any weight is touched, where it is not
+    """Clip the norm of all gradients to CLIP. NonFinite, before any weight is touched, where it is not
     finite."""
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing, f"no gradient for {missing}"
@@ -151,7 +88,7 @@ def clip_gradients(model, step: int, lr: float) -> None:
     except RuntimeError:
         name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()),
                     "none, only their norm")
-        raise UserError(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
+        raise NonFinite(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
                         f"{name}. No weight was touched, and a checkpoint that was saved is whole. Start "
                         "again with a lower --lr") from None
 
@@ -192,11 +129,15 @@ def finite(x) -> float | None:
 
 
 class Spectra:
-    """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw."""
+    """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw.
 
-    def __init__(self, model, name: str, optimizers):
-        # [A, B] or [W], changed in place by a step
-        self.weights = list(block_matrices(model)[name].parameters())
+    probe (1, T), T < model.FEW_ROWS: tokens for dy. Of a self-guided layer it is A B^T, the part that stays.
+    """
+
+    def __init__(self, model, name: str, optimizers, probe: torch.Tensor):
+        self.model, self.name, self.probe = model, name, probe
+        layer = block_matrices(model)[name]
+        self.weights = [layer.A, layer.B] if isinstance(layer, FactorizedLinear) else [layer.weight]
         self.state, self.group = next((o.state, group) for o in optimizers for group in o.param_groups
                                       if any(p is self.weights[0] for p in group["params"]))
 
@@ -204,16 +145,23 @@ class Spectra:
         return [p.detach().to("cpu" if p.device.type == "mps" else p.device, torch.float64, copy=True)
                 for p in weights]
 
+    @torch.no_grad()
     def before(self) -> None:
-        self.old = self._float64(self.weights)
+        """Keep the weights, and what the layer reads of the probe."""
+        self.old, caught = self._float64(self.weights), []
+        hook = block_matrices(self.model)[self.name].register_forward_pre_hook(
+            lambda layer, inputs: caught.extend(inputs))
+        self.model.hidden(self.probe)
+        hook.remove()
+        self.x, = self._float64(caught)
 
     def after(self) -> dict:
-        """dW, W, sigma_A, sigma_B, rho, gauge of the step since before(). sigma and rho as the optimizer used
-        them; where it has none, the exact sigma of before, and no rho. gauge is ||dW||_2 over the lr of that
-        step."""
+        """dW, W, dy, sigma_A, sigma_B, rho, gauge of the step since before(). dy is the RMS of dW x (Eq. 9).
+        sigma and rho as the optimizer used them; where it has none, the exact sigma of before, and no rho.
+        gauge is ||dW||_2 over the lr of that step."""
         if len(self.weights) == 1:
             W, W0 = *self._float64(self.weights), *self.old
-            norms = {"dW": norm(W - W0), "W": norm(W)}
+            norms, dy = {"dW": norm(W - W0), "W": norm(W)}, self.x @ (W - W0).T
         else:
             (A, B), (A0, B0), states = (self._float64(self.weights), self.old,
                                         [self.state[p] for p in self.weights])
@@ -222,8 +170,10 @@ class Spectra:
             dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
             norms = {"dW": dW, "W": product_norm(A, B), "sigma_A": sigma_A, "sigma_B": sigma_B,
                      "rho": states[0].get("rho")}
-        norms["gauge"] = norms["dW"] / self.group["lr"]
-        return {key: finite(norms.get(key)) for key in ("dW", "W", "sigma_A", "sigma_B", "rho", "gauge")}
+            dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
+        norms.update(gauge=norms["dW"] / self.group["lr"], dy=dy.square().mean().sqrt())
+        keys = "dW", "W", "dy", "sigma_A", "sigma_B", "rho", "gauge"
+        return {key: finite(norms.get(key)) for key in keys}
 
 
 ########################################
@@ -285,13 +235,13 @@ def cut_log(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
-def save(path: Path, model, optimizers, c, step: int, seconds: float) -> None:
+def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int) -> None:
     """The whole state of a run, in a file that is replaced at once: a kill at any moment leaves the old one
     or the new."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step, "seconds": seconds, "config": vars(c)}, file)
+                    "step": step, "seconds": seconds, "flops": flops, "config": vars(c)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -316,15 +266,17 @@ def line(record: dict, c, speed: float, mfu: float | None) -> str:
 
 def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: dict) -> None:
     """The end of a run: a sample, the figure, and a block of `key: value` lines."""
-    plot.figure([out], out / "loss.png")
+    if step:
+        plot.figure([out], out / "loss.png")
     print("---")
-    if step < c.steps:
+    if step < c.steps and "diverged" not in scores:
         print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume --out {out}")
-    elif tokenizer and scores["val_loss"] is not None:
+    elif tokenizer and scores.get("val_loss") is not None:
         steps = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
         print(f"sample:\n{''.join(text for text, in sample.texts(tokenizer, steps, 1))}\n---")
-    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl",
-               "checkpoint": out / "ckpt.pt", "figure": out / "loss.png"}
+    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
+    results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
+                if (out / file).exists()}
     print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
                     for key, value in results.items()), flush=True)
 
@@ -337,7 +289,7 @@ def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: di
 def main(argv=None):
     """Look at everything that can be wrong, before anything is allocated or written; then train."""
     argv = sys.argv[1:] if argv is None else argv
-    given = settings.parse(argv, __doc__, METHODS)
+    given = settings.parse(argv, __doc__)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     checkpoint = None
     if given.get("resume"):
@@ -348,7 +300,7 @@ def main(argv=None):
             raise UserError(f"--out {given['out']}: no such directory. Runs are in out/; make one with: "
                             "python train.py")
         checkpoint = load_checkpoint(given["out"])
-    c = settings.resolve(given, METHODS, ranks, checkpoint and checkpoint["config"])
+    c = settings.resolve(given, ranks, checkpoint and checkpoint["config"])
     stop = min(c.steps, c.stop_at or c.steps)
     if checkpoint and checkpoint["step"] >= stop:
         raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
@@ -422,15 +374,16 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
     """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `stopping`; rank
     0 logs and saves."""
     train, val, tokenizer = corpus
+    method = methods.find(c.method, c.method_args)
     torch.manual_seed(c.seed)
     if checkpoint:
         model = load_model(checkpoint, device)
     else:
         with torch.device(device):
-            model = Llama(LlamaConfig(**c.model))
-    optimizers = METHODS[c.method].optimizers(model, c)
-    assert_assigned(model, optimizers)
-    step, seconds = 0, 0.0
+            model = Llama(LlamaConfig(**c.model), method.linear)
+    optimizers = method.optimizers(model, c)
+    methods.assert_assigned(model, optimizers)
+    step, seconds, flops, scores, diverged = 0, 0.0, 0, {}, None
     if checkpoint:
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -438,12 +391,10 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
         except BROKEN as error:
             raise UserError("the checkpoint is damaged: its optimizers do not fit "
                             f"({type(error).__name__})") from None
-        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        step, seconds, flops = (checkpoint[key] for key in ("step", "seconds", "flops"))
         checkpoint.clear()  # the memory
-    network = torch.compile(model) if c.compile else model
-    if ranks > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-    spectra, flops, byte_lengths = Spectra(model, c.spectra_of, optimizers), model.flops_per_token(), None
+    network, byte_lengths = wrapped(model, c, ranks), None
+    spectra = Spectra(model, c.spectra_of, optimizers, val.read([0])[0][:, :FEW_ROWS - 1].to(device))
     peak = peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
 
     if rank == 0:
@@ -458,10 +409,18 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
     marker = step, seconds  # the speed of the next logged step is counted from here
     while step < stop:
         started, fraction = time.perf_counter(), schedule(step, c.steps)
+        if method.before_step and method.before_step(model, optimizers, c, step):
+            network = wrapped(model, c, ranks)
         loss = backward(network, train, c, step, device, rank, ranks)
-        clip_gradients(model, step + 1, fraction * c.lr)
+        try:
+            clip_gradients(model, step + 1, fraction * c.lr)
+        except NonFinite as error:
+            if c.on_nonfinite == "stop":
+                raise
+            diverged = str(error)
+            break
         loss, signals = sum_over_ranks(loss, len(stopping))
-        step += 1
+        step, flops = step + 1, flops + round(model.flops_per_token() * c.tokens_per_step)
         last, validated = step == stop or signals > 0, step == c.steps or step % c.eval_every == 0
         logged = rank == 0 and (last or validated or step == 1 or step % c.spectra_every == 0)
         if logged:
@@ -481,18 +440,30 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
             speed = (step - marker[0]) * c.tokens_per_step / (seconds - marker[1])
             marker = step, seconds
             record = {"step": step, "tokens": step * c.tokens_per_step,
-                      "flops": flops * step * c.tokens_per_step, "seconds": round(seconds, 3),
+                      "flops": flops, "seconds": round(seconds, 3),
                       "loss": finite(loss / ranks), "val_loss": scores.get("val_loss"),
                       "lr": fraction * c.lr, **spectra.after()}
             print(json.dumps(record), file=log, flush=True)
-            print(line(record, c, speed, peak and flops * speed / peak / ranks), flush=True)
+            print(line(record, c, speed, peak and model.flops_per_token() * speed / peak / ranks), flush=True)
         if rank == 0 and (last or step % c.save_every == 0):
-            save(out / "ckpt.pt", model, optimizers, c, step, seconds)
+            save(out / "ckpt.pt", model, optimizers, c, step, seconds, flops)
         if last:
             break
     if rank == 0:
+        if diverged:
+            print(json.dumps({"step": step + 1, "diverged": diverged}), file=log)
+            scores = {"diverged": diverged}
         log.close()
         report(model, tokenizer, out, c, step, seconds, scores)
+
+
+def wrapped(model, c, ranks: int):
+    """The model as training calls it: compiled where that is on, averaging gradients where there are
+    ranks."""
+    network = torch.compile(model) if c.compile else model
+    if ranks == 1:
+        return network
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import data
 import eval as evaluation
 import sample
 import tasks
+import methods
 import train
 from conftest import ROOT, SHARED
 from model import Llama, LlamaConfig
@@ -189,7 +190,7 @@ def test_scores_items_and_limits(run, tmp_path, capsys):
     assert all(len(r["log_probabilities"]) == 4 and max(r["log_probabilities"]) < 0 for r in records)
 
 
-@pytest.mark.parametrize("flags", [*(["--method", name] for name in train.METHODS), ["--factorize", "ffn"]],
+@pytest.mark.parametrize("flags", [*(["--method", name] for name in methods.METHODS), ["--factorize", "ffn"]],
                          ids=str)
 def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, flags):
     out = run("--steps", 1, *LONG, *flags)

@@ -14,6 +14,7 @@ import torch
 
 import data
 import eval as evaluation
+import methods
 import plot
 import sample
 import settings
@@ -21,8 +22,8 @@ import train
 from conftest import ROOT, SMALL_STEPS, TINY
 from model import Llama, LlamaConfig
 
-KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "sigma_A", "sigma_B",
-        "rho", "gauge"}
+KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "dy", "sigma_A",
+        "sigma_B", "rho", "gauge"}
 
 
 def records(run):
@@ -46,7 +47,7 @@ def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
     header, rows = plot.read_log(out)
     assert (header["argv"][-4:] == ["--eval_every", "10", "--spectra_every", "5"]
             and header["versions"]["torch"])
-    assert header["config"]["lr"] == train.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
+    assert header["config"]["lr"] == methods.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
     assert ([row["step"] for row in rows] == [1, 5, 10, 15, 20, 25, 30]
             and all(set(row) == KEYS for row in rows))
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [10, 20, 30]
@@ -403,8 +404,8 @@ def test_out_that_can_not_be_made_is_one_message(fails, corpus, tmp_path):
 ########################################
 
 def optimizers_of(*flags):
-    c = settings.resolve(settings.parse([*TINY, *map(str, flags)], "", train.METHODS), train.METHODS, 1)
-    return train.METHODS[c.method].optimizers(Llama(LlamaConfig(**c.model)), c)
+    c = settings.resolve(settings.parse([*TINY, *map(str, flags)], ""), 1)
+    return methods.METHODS[c.method].optimizers(Llama(LlamaConfig(**c.model)), c)
 
 
 def test_every_flag_of_spectron_reaches_it():
@@ -454,7 +455,7 @@ def test_the_best_learning_rates_that_are_printed_are_those_of_the_table():
                "neither": (False, False)}
     for name, corner in corners.items():
         assert settings.NANO_CORNERS[corner] == best[name]
-    for name, method in train.METHODS.items():
+    for name, method in methods.METHODS.items():
         assert method.nano_lr == best["both" if name == "spectron" else name]
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import cli
 import data
+import methods
 import sample
 import settings
 import train
@@ -82,13 +83,13 @@ class Trainer:
     """Steps of train.py in this process, after its flags."""
 
     def __init__(self, flags: str, tokens=None):
-        self.c = settings.resolve(settings.parse(flags.split(), "", train.METHODS), train.METHODS, 1)
+        self.c = settings.resolve(settings.parse(flags.split(), ""), 1)
         torch.manual_seed(0)
         self.device = torch.device(self.c.device)
         with self.device:
             self.model = Llama(LlamaConfig(**self.c.model))
         self.network = torch.compile(self.model) if self.c.compile else self.model
-        self.optimizers = train.METHODS[self.c.method].optimizers(self.model, self.c)
+        self.optimizers = methods.METHODS[self.c.method].optimizers(self.model, self.c)
         self.data, self.done = tokens or data.open_data(self.c.data, self.c.seq_len)[0], 0
 
     def backward(self):

@@ -43,7 +43,7 @@ def weights(model: Llama, n_vocab: int) -> dict[str, Tensor]:
         found[name] = found[name][:n_vocab].contiguous()
     for name, layer in block_matrices(model).items():
         if hasattr(layer, "A"):
-            found[renamed(f"{name}.weight")] = (layer.A.double() @ layer.B.double().T).float()
+            found[renamed(f"{name}.weight")] = layer.product().float()
     return found
 
 
