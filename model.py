@@ -41,7 +41,7 @@ SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_he
     ("835M", 1536, 26, 24), ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
 # For laptops, on bytes: nano, and its neighbours under their number of parameters with dense weights.
 NANO_SIZES = {name: LlamaConfig(dim, n_layers, n_heads, vocab_size=320, seq_len=256)
-              for name, dim, n_layers, n_heads in [("nano-0.6M", 128, 2, 2), ("nano-1.4M", 192, 3, 3),
+              for name, dim, n_layers, n_heads in [("nano-0.6M", 128, 2, 2), ("nano-1.5M", 192, 3, 3),
                                                    ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6)]}
 SIZES.update(NANO_SIZES)
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4

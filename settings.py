@@ -27,7 +27,7 @@ NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib"
 COMMON = dict(method_args={}, weight_decay=0.0, seed=0, factorize="all", orthogonalize=True,
               renormalize=True, ns_steps=5, power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02,
               eval_tokens=10 * 2**20, spectra_every=10, stop_at=None, on_nonfinite="stop", out=None)
-# The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/nano/table.md
+# The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/table2/nano/table.md
 NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 1.0}
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
               "stop_at", "on_nonfinite"}  # at --resume
@@ -292,6 +292,7 @@ def describe(c, model, train, ranks: int) -> str:
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
     factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
     flops, dense = model.flops_per_token(), count_parameters(replace(model.config, rank_ratio=None))
+    guided = methods.find(c.method, c.method_args).before_step
     epochs = train and tokens / (train.windows * c.seq_len)
     lines = ["settings: " + ", ".join(f"{key} {value}" for key, value in vars(c).items()
                                       if key not in ("model", "out")),
@@ -303,8 +304,9 @@ def describe(c, model, train, ranks: int) -> str:
              f"{math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M"
              + (f", {epochs:.2f} epochs of {c.data}" if train else "")
              + (": text is seen again" * bool(train and epochs > 1)),
-             f"FLOPs: {flops:,} a token, {flops * tokens:.3e} in all "
-             f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
+             f"FLOPs: {flops:,} a token" + (" at first, fewer when the guide has gone" if guided else
+                                            f", {flops * tokens:.3e} in all")
+             + f" (the paper's 6 N D: {6 * parameters * tokens:.3e})",
              "memory per device: " + memory(c, model)]
     if not c.compile:
         lines.append("compile: off (on by default for CUDA from size 60M up; elsewhere it costs more than "

@@ -306,7 +306,7 @@ def main(argv=None):
         raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
                         f"to do up to step {stop}. Its scores: python eval.py {given['out']}")
     with torch.device("meta"):
-        blank = Llama(LlamaConfig(**c.model))
+        blank = Llama(LlamaConfig(**c.model), methods.find(c.method, c.method_args).linear)
     if c.spectra_of not in block_matrices(blank):
         raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are "
                         f"{', '.join(block_matrices(blank))}")

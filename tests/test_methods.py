@@ -1,4 +1,4 @@
-"""methods.py and baselines/: self-guided training against its equations, and a house that stands without it."""
+"""methods.py and baselines/: self-guided training against its equations; a house that stands without it."""
 
 import json
 import math
@@ -105,8 +105,8 @@ def test_the_guide_is_skipped_with_probability_one_minus_alpha_and_each_place_dr
 def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
     out = run(*GUIDED, "--steps", 6, "--method_args", *args)
     end = saved(out)
-    assert len(end["optimizers"]) == 2 and same(
-        end["model"], {name: end["model"][name] for name in Llama(LlamaConfig(**end["config"]["model"])).state_dict()})
+    plain = Llama(LlamaConfig(**end["config"]["model"])).state_dict()
+    assert len(end["optimizers"]) == 2 and end["model"].keys() == plain.keys()
     assert end["config"]["method_args"] == methods.parse_args(args)
     assert all(row["loss"] < 6 and row["dW"] is not None for row in plot.read_log(out)[1])
 
@@ -136,8 +136,8 @@ def test_two_ranks_equal_one_process(run, corpus, tmp_path, args):
     flags = [*GUIDED, "--method_args", *args, "--steps", "6", "--lr", "1e-4", "--adam_lr", "1e-4"]
     one = run(*flags, out="one")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
-         "--data", str(corpus), "--out", str(tmp_path / "two"), *flags],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+         *TINY, "--data", str(corpus), "--out", str(tmp_path / "two"), *flags],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     one, two = saved(one)["model"], saved(tmp_path / "two")["model"]
@@ -198,8 +198,8 @@ def test_without_the_folder_everything_else_works(corpus, tmp_path):
     shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns("baselines", "data", "out", "results", ".*"))
 
     def train_there(*flags):
-        return subprocess.run([sys.executable, "train.py", *TINY, "--data", str(corpus), "--steps", "1", *flags],
-                              cwd=house, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "train.py", *TINY, "--data", str(corpus), "--steps", "1",
+                               *flags], cwd=house, capture_output=True, text=True)
     assert train_there("--out", "run").returncode == 0
     refused = train_there("--method", "self-guided")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and "spectron" in refused.stderr

@@ -449,14 +449,15 @@ def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
 
 
 def test_the_best_learning_rates_that_are_printed_are_those_of_the_table():
-    rows = [row.strip("| ").split(" | ") for row in (ROOT / "results/nano/table.md").read_text().splitlines()]
-    best = {row[0]: float(row[1].split()[0]) for row in rows if len(row) > 4 and row[1][0].isdigit()}
-    corners = {"both": (True, True), "orthogonalize": (True, False), "renormalize": (False, True),
+    best = {arm["arm"]: arm["best_lr"]
+            for arm in json.loads((ROOT / "results/fig12/nano/table.json").read_text())["arms"]}
+    corners = {"spectron": (True, True), "orthogonalize": (True, False), "renormalize": (False, True),
                "neither": (False, False)}
     for name, corner in corners.items():
         assert settings.NANO_CORNERS[corner] == best[name]
-    for name, method in methods.METHODS.items():
-        assert method.nano_lr == best["both" if name == "spectron" else name]
+    for name in methods.names():
+        assert methods.find(name).nano_lr == best[name]
+    assert methods.find("self-guided", {"optimizer": "muon"}).nano_lr == best["self-guided-muon"]
 
 
 def test_the_peak_of_a_gpu_is_known_or_not_said():

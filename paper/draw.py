@@ -1,0 +1,254 @@
+"""The figures of paper.reproduce: each takes outcomes, the paper's perplexities, and the scale."""
+
+import math
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+
+from model import SIZES, count_parameters
+from paper.runs import ARMS
+from plot import COLOURS, read_log
+
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
+GREY = "#777777"
+# One look for an arm in every figure: the colour says how it is updated, dashes that it is guided
+LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renormalize": (PINK, "D", "-"),
+         "neither": (ORANGE, "^", "-"), "adamw": (GREEN, "v", "-"), "self-guided": (GREEN, "P", "--"),
+         "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
+         "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
+         "dense-time": (GREY, "d", "--")}
+
+
+def look(arm: str) -> dict:
+    colour, marker, line = LOOKS[arm.removesuffix("-ffn")]
+    return {"color": colour, "marker": marker, "ls": line}
+
+
+def unit(scale) -> str:
+    return "nats per byte" if scale.nano else "nats per token"
+
+
+def points(log, key: str, x: str = "step") -> list[tuple]:
+    """(x, key) of the steps of a log that have both."""
+    return [(r[x], r[key]) for r in read_log(log)[1] if r.get(key) is not None and r.get(x) is not None]
+
+
+def panels(count: int, width: float = 9.5, height: float = 3.9, **more):
+    plt.switch_backend("Agg")  # files only: no window, no screen
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(1, count, figsize=(width, height), layout="constrained", squeeze=False, **more)
+    for ax in axes[0]:
+        ax.grid(alpha=0.25)
+    return fig, axes[0]
+
+
+def legend_below(fig, ax, columns: int = 3) -> None:
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False,
+               fontsize=9)
+
+
+def save(fig, path, title: str) -> None:
+    fig.suptitle(title, fontsize=9.5, color="0.25")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+########################################
+#         Losses over training         #
+########################################
+
+def validation(log, x: str, scale) -> list[tuple]:
+    """The validation losses of a log; at nano without the last, which is over more tokens than the others."""
+    return points(log, "val_loss", x)[:-1 if scale.nano else None]
+
+
+def validation_label(found, scale) -> str:
+    tokens = read_log(found[0].logs[0])[0]["config"]["eval_tokens"]
+    return f"validation loss, first {tokens:,} tokens\n({unit(scale)})"
+
+
+def curve(ax, o, scale, x: str = "step") -> None:
+    """The validation loss of an arm: the mean over its seeds, and all of them as a band."""
+    logs = [validation(log, x, scale) for log in o.logs]
+    if not logs:
+        return
+    xs, (low, mean, high) = [p[0] for p in logs[0]], zip(*(
+        (min(column), sum(column) / len(column), max(column))
+        for column in zip(*([y for _, y in log] for log in logs))))
+    style = look(o.arm)
+    ax.plot(xs, mean, label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
+    ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
+
+
+def curves_and_gaps(found, paper: dict, scale):
+    """Left, validation loss over training; right, how much higher each ends than the lowest, the paper's as
+    dashed lines."""
+    fig, (left, right) = panels(2, width_ratios=[1.5, 1])
+    for o in found:
+        curve(left, o, scale)
+    left.set(xlabel="step", ylabel=validation_label(found, scale))
+    losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step", scale)]
+    left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
+    gaps(right, found, paper)
+    legend_below(fig, left, 4)
+    return fig
+
+
+def gaps(ax, found, paper: dict) -> None:
+    least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
+    for row, o in enumerate(found):
+        style = look(o.arm)
+        if o.losses:
+            ax.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, color=style["color"],
+                        marker=style["marker"], capsize=3, ms=6)
+        if o.arm in paper:
+            ax.plot([100 * (math.log(paper[o.arm]) / paper_least - 1)] * 2, [row - 0.35, row + 0.35], "--",
+                    color="0.3", lw=1.4, label="the paper, size S" if row == 0 else None)
+    ax.set(yticks=range(len(found)), yticklabels=[], ylim=(len(found) - 0.4, -0.9 if paper else -0.6),
+           xlabel="final loss over the lowest (%), with its spread")
+    if ax.get_xlim()[1] > 20:
+        ax.set_xscale("symlog", linthresh=1)
+    ax.xaxis.set_major_formatter("{x:g}")
+    if paper:
+        ax.legend(frameon=False, fontsize=9, loc="upper right")
+
+
+def figure1(found, paper: dict, scale):
+    fig, (ax,) = panels(1, 6.5)
+    for o in found:
+        curve(ax, o, scale, "flops")
+    ax.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found, scale))
+    legend_below(fig, ax)
+    return fig
+
+
+def figure5(found, paper: dict, scale):
+    low, by_flops, by_time = found
+    fig, (left, right) = panels(2, sharey=True)
+    for o in (low, by_flops):
+        curve(left, o, scale, "flops")
+    for o in (low, by_time):
+        curve(right, o, scale, "seconds")
+    left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found, scale))
+    right.set(xlabel="seconds of training")
+    both = [a + b[1:] for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
+    fig.legend(*both, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return fig
+
+
+########################################
+#        Losses over something         #
+########################################
+
+def loss_over_lr(found, paper: dict, scale):
+    """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
+    fig, (ax,) = panels(1, 9.5, 5)
+    losses = [loss for o in found for loss in o.grid.values() if loss is not None]
+    top = min(losses) + 0.8 * (max(losses) - min(losses)) if losses else 1.0
+    top = min(top, 2 * min(losses))
+    for o in found:
+        style, label = look(o.arm), ARMS[o.arm].label
+        shown = [(lr, min(top, loss if loss is not None else top)) for lr, loss in o.grid.items()]
+        ax.plot(*zip(*shown), label=label, ms=5, lw=1.5, **style)
+        lost = [lr for lr, loss in o.grid.items() if loss is None]
+        ax.plot(lost, [top] * len(lost), ls="", marker="x", ms=12, mew=2.5, color=style["color"])
+        if o.lr:
+            ax.plot(o.lr, o.grid[o.lr], ls="", marker="o", ms=13, mfc="none", color=style["color"])
+    ax.axhline(top, color="0.6", lw=0.8)
+    for lr in 0.001, 0.01:
+        ax.axvline(lr, color="0.5", lw=1, ls="--")
+        ax.text(lr * 1.04, 0.02, f"the paper's {lr:g}", transform=ax.get_xaxis_transform(), rotation=90,
+                va="bottom", fontsize=8, color="0.35")
+    ax.text(0.995, top, f"{top:.2f} and above; crosses: diverged", transform=ax.get_yaxis_transform(),
+            ha="right", va="bottom", fontsize=8.5, color="0.3")
+    ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
+           ylabel=f"final validation loss ({unit(scale)})")
+    legend_below(fig, ax, 3)
+    return fig
+
+
+def parameters(arm: str, scale) -> int:
+    c = SIZES[ARMS[arm].size or scale.size]
+    return count_parameters(replace(c, rank_ratio=None) if arm.startswith("dense") else c)
+
+
+def figure6(found, paper: dict, scale):
+    """Perplexity over parameters, low-rank and dense, of equal training FLOPs for each pair."""
+    fig, (ax,) = panels(1, 6.5, 4.2)
+    half = len(found) // 2
+    for arms, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
+        style = look(arms[0].arm.split("@")[0].replace("dense-flops", "dense"))
+        ax.plot([parameters(o.arm, scale) / 1e6 for o in arms], [math.exp(o.mean) for o in arms],
+                label=label, ms=6, lw=1.6, **style)
+    for low, dense in zip(found[:half], found[half:]):
+        ax.plot([parameters(o.arm, scale) / 1e6 for o in (low, dense)],
+                [math.exp(o.mean) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
+    ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
+           ylabel=f"perplexity per {'byte' if scale.nano else 'token'}")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="x", which="minor", labelsize=8)
+    legend_below(fig, ax)
+    return fig
+
+
+def figure7(found, paper: dict, scale):
+    """Normalized accuracy on the three tasks over parameters."""
+    fig, axes = panels(3, 10.5)
+    half = len(found) // 2
+    for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
+        for arms, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
+            ax.plot([parameters(o.arm, scale) / 1e6 for o in arms],
+                    [100 * o.scores[f"{task}_acc_norm"] for o in arms], label=label, ms=6,
+                    **look(arms[0].arm.split("@")[0]))
+        ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
+    legend_below(fig, axes[0])
+    return fig
+
+
+########################################
+#           Norms over training        #
+########################################
+
+def norm_curve(ax, o, key: str) -> None:
+    xs, ys = zip(*[(x, y) for x, y in points(o.logs[0], key) if y > 0])
+    style = look(o.arm)
+    ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
+    ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
+
+
+def matrix_of(o) -> str:
+    return read_log(o.logs[0])[0]["config"]["spectra_of"]
+
+
+def figure2(found, paper: dict, scale):
+    """Left, the norm of W's step; right, low-rank over dense, and the paper's 10 to 30."""
+    fig, (left, right) = panels(2)
+    for o in found:
+        norm_curve(left, o, "dW")
+    left.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$ of " + matrix_of(found[0]), yscale="log")
+    low, dense = (dict(points(o.logs[0], "dW")) for o in found)
+    steps = [step for step in low if dense.get(step)]
+    right.plot(steps, [low[step] / dense[step] for step in steps], color=GREEN, lw=1.6)
+    for ratio in 10, 30:
+        right.axhline(ratio, color="0.3", ls="--", lw=1.2)
+        right.text(0.99, ratio, f"the paper's {ratio}x", transform=right.get_yaxis_transform(), ha="right",
+                   va="bottom", fontsize=9, color="0.3")
+    right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, low-rank over dense", yscale="log")
+    legend_below(fig, left)
+    return fig
+
+
+def figure3(found, paper: dict, scale):
+    """||dW||_2 with Spectron's learning rate, which bounds it; |dy|_rms; ||W||_2."""
+    fig, axes = panels(3, 11.5)
+    labels = {"dW": r"$\|\Delta W\|_2$", "dy": r"$|\Delta y|_{rms}$ on a fixed probe", "W": r"$\|W\|_2$"}
+    for ax, (key, label) in zip(axes, labels.items()):
+        for o in found:
+            norm_curve(ax, o, key)
+        ax.set(xlabel="step", ylabel=label, yscale="log")
+    axes[0].set_title(matrix_of(found[0]), fontsize=9)
+    axes[0].plot(*zip(*points(found[0].logs[0], "lr")), color=BLUE, lw=1.2, ls="--",
+                 label="Spectron's learning rate, its bound")
+    legend_below(fig, axes[0], 4)
+    return fig

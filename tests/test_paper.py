@@ -1,0 +1,242 @@
+"""paper/: counts against the paper's, the protocol on logs that are made up, a real run that is killed, and
+committed tables that are what the committed logs say."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, TINY
+from model import NANO_SIZES, SIZES, count_parameters
+from paper import experiments, reproduce, runs
+from paper.runs import ARMS, Run
+
+NANO = runs.scale_of("nano")
+DONE = [name for name in experiments.EXPERIMENTS if (ROOT / f"results/{name}/nano/table.json").is_file()]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """store(run, loss) writes a log as of a finished run into an empty directory of results; the loss may be
+    a word, and then is the cause for which it diverged."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(run, loss, scale=NANO):
+        log = runs.log_of(run, scale)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        header = {"config": {"steps": 200, "model": {"vocab_size": 320}}}
+        row = {"step": 7, "diverged": loss} if isinstance(loss, str) else {
+            "step": 200, "seconds": 20.0, "flops": 1e12, "val_loss": loss, "loss": loss, "lr": run.lr}
+        first = {"step": 1, "seconds": 1.0, "flops": 1e10, "loss": 5.0, "val_loss": 5.0, "lr": run.lr}
+        log.write_text("".join(json.dumps(record) + "\n" for record in (header, first, row)))
+        return log
+    return write
+
+
+########################################
+#               Counts                 #
+########################################
+
+def test_tables_4_and_5_are_the_papers_counts():
+    for row in experiments.PAPER["table5_sizes"]:
+        c = replace(SIZES[row["size"]], vocab_size=32000, rank_ratio=0.25)
+        low, unit = count_parameters(c), {"M": 1e6, "B": 1e9}[row["lowrank"][-1]]
+        assert abs(low / unit - float(row["lowrank"][:-1])) < (0.06 if unit == 1e9 else 1)
+        dense = count_parameters(replace(c, rank_ratio=None)) / 1e6
+        made = f"| {dense:,.1f}M | {row['size']} | {low / 1e6:,.1f}M | {row['lowrank']} |"
+        assert made in reproduce.counts("table5")
+    rows = reproduce.counts("table4").splitlines()[6:]
+    assert [row.split()[1] for row in rows] == ["134M", "500M", "780M"]
+
+
+def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
+    for name, config in NANO_SIZES.items():
+        dense = count_parameters(replace(config, rank_ratio=None))
+        assert name == "nano" or name == f"nano-{dense / 1e6:.1f}M"
+
+
+########################################
+#             The protocol             #
+########################################
+
+def test_every_arm_of_a_comparison_starts_from_as_many_learning_rates():
+    for name, e in experiments.EXPERIMENTS.items():
+        for scale in NANO, runs.scale_of("S"):
+            grids = [runs.lrs_of(arm, scale, e.few) for arm in experiments.arms_of(name, scale)]
+            assert {len(grid) for grid in grids} == {3 if e.few else scale.lrs}
+            assert all(b / a in (2, 2.5) for grid in grids for a, b in zip(grid, grid[1:]))
+
+
+def test_the_best_lr_is_that_of_seed_0_and_the_mean_is_over_the_seeds(store):
+    for lr, loss in (0.05, 1.7), (0.1, 1.5), (0.2, 1.6), (0.5, "non-finite gradient"):
+        store(Run("spectron", lr), loss)
+    store(Run("spectron", 0.1, 1), 1.6)
+    store(Run("spectron", 0.1, 2), 1.7)
+    o = experiments.outcome("spectron", NANO)
+    assert o.lr == 0.1 and o.losses == [1.5, 1.6, 1.7] and o.grid[0.5] is None
+    assert o.mean == pytest.approx(1.6) and o.sd == pytest.approx(0.1) and str(o) == "1.600 ± 0.100"
+    assert not runs.beyond("spectron", NANO)
+
+
+def test_a_loss_above_that_of_knowing_nothing_is_a_divergence(store):
+    assert runs.final_loss(store(Run("adamw", 1e-3), math.log(320) - 0.01)) is not None
+    assert runs.final_loss(store(Run("adamw", 2e-3), math.log(320) + 0.01)) is None
+    assert runs.final_loss(store(Run("adamw", 5e-3), None)) is None
+    for lr in 1e-3, 2e-3, 5e-3:
+        store(Run("neither", lr), "gone")
+    o = experiments.outcome("neither", NANO)
+    assert o.lr is None and str(o) == "diverged at every lr" and o.losses == []
+
+
+def test_a_grid_grows_where_its_best_is_at_the_edge(store):
+    for lr, loss in (0.05, 1.7), (0.1, 1.6), (0.2, 1.5):
+        store(Run("spectron", lr), loss)
+    assert runs.beyond("spectron", NANO) == [Run("spectron", 0.5)]
+    for lr, loss in (0.02, 1.4), (0.05, 1.5), (0.1, "gone"):
+        store(Run("orthogonalize", lr), loss)
+    assert runs.beyond("orthogonalize", NANO) == [Run("orthogonalize", 0.01)]
+
+
+def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
+    made = []
+
+    def make_all(wanted, scale):
+        for run in wanted:
+            if not runs.log_of(run, scale).is_file():
+                made.append(run)
+                store(run, 1.5 + abs(math.log(run.lr / ARMS[run.arm].lr / 2.5)) + run.seed / 100)
+    monkeypatch.setattr(runs, "make_all", make_all)
+    store(Run("adamw", 1e-3), 1.8)
+    runs.sweep(["adamw", "rank-0.4"], NANO, few=("rank-0.4",), single=("rank-0.4",))
+    adamw, rank = (sorted(run.lr for run in made if run.arm == arm and run.seed == 0)
+                   for arm in ("adamw", "rank-0.4"))
+    assert adamw == [2e-4, 5e-4, 2e-3, 5e-3, 1e-2] and rank == [0.05, 0.1, 0.2, 0.5]  # 0.2 was at the edge
+    assert [run for run in made if run.seed] == [Run("adamw", 2e-3, 1), Run("adamw", 2e-3, 2)]
+    made.clear()
+    runs.sweep(["adamw", "rank-0.4"], NANO, few=("rank-0.4",), single=("rank-0.4",))
+    assert not made
+
+
+def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
+    dense, spectron = (runs.flops_per_token(ARMS[arm], NANO) for arm in ("dense", "spectron"))
+    assert runs.steps_of(ARMS["dense-flops"], NANO) == round(200 * spectron / dense) < 130
+    with pytest.raises(runs.UserError, match="fig12"):
+        runs.steps_of(ARMS["dense-time"], NANO)
+    store(Run("spectron", 0.1), 1.5)
+    store(Run("dense", 0.02), 1.5).write_text(
+        runs.log_of(Run("spectron", 0.1), NANO).read_text().replace("20.0", "38.0").replace("1.0,", "0.0,"))
+    shutil.copy(runs.log_of(Run("dense", 0.02), NANO), runs.log_of(Run("dense", 0.05), NANO))
+    assert runs.steps_of(ARMS["dense-time"], NANO) == round(200 * 19 / 38)
+    assert runs.steps_of(ARMS["spectron"], runs.scale_of("S")) == 2556
+    assert runs.steps_of(ARMS["dense-flops"], runs.scale_of("S")) == 1786
+
+
+def test_the_verdict_is_weighed_against_the_spread():
+    def outcome(arm, *losses):
+        return experiments.Outcome(arm, {}, 0.1, list(losses), [])
+    a, near, far = outcome("spectron", 1.5, 1.6), outcome("adamw", 1.55, 1.65), outcome("adamw", 2.5, 2.6)
+    assert "cannot be told (+0.050 nats" in experiments.compared(a, near)
+    assert "holds (+1.000 nats" in experiments.compared(a, far)
+    assert "is the other way round (-1.000 nats" in experiments.compared(far, a)
+    alone = experiments.compared(outcome("adamw", 2.5), outcome("dense", 1.5))
+    assert "does not hold, by 1.000 nats, on one seed" in alone
+    assert "diverged" in experiments.compared(a, outcome("neither"))
+
+
+########################################
+#                 Runs                 #
+########################################
+
+def test_thinning_keeps_the_first_the_validated_and_the_last():
+    rows = [{"config": {}}, *({"step": i, "loss": 1 / 3, "val_loss": 1.0 if i == 777 else None}
+                              for i in range(1, 1001))]
+    kept = [json.loads(row) for row in runs.thinned([json.dumps(row) for row in rows])]
+    steps = [row["step"] for row in kept[1:]]
+    assert kept[0] == {"config": {}} and steps[0] == 1 and steps[-1] == 1000 and 777 in steps
+    assert 100 <= len(steps) <= 103 and kept[1]["loss"] == 0.333333
+
+
+def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs, "OUT", tmp_path / "out")
+    monkeypatch.chdir(ROOT)
+    tiny = [flag for flag in TINY if flag not in ("--tokens_per_step", "256", "--eval_every", "1000")]
+    scale = replace(runs.scale_of("nano", str(corpus), steps=300, tokens_per_step=256), flags=tuple(tiny))
+    run, out = Run("spectron", 0.1), tmp_path / "out" / scale.name / "spectron-lr0.1-seed0"
+    process = subprocess.Popen(runs.command(run, scale), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "ckpt.pt").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not runs.is_finished(out / "log.jsonl") and "--resume" in runs.command(run, scale)
+    runs.make_all([run], scale)
+    log = runs.log_of(run, scale)
+    assert runs.is_finished(log) and runs.final_loss(log) < 3.5
+    assert len({row["step"] for row in runs.read_log(log)[1]}) == len(runs.read_log(log)[1])
+    stamp = log.stat().st_mtime_ns
+    runs.make_all([run], scale)
+    assert log.stat().st_mtime_ns == stamp
+
+
+def test_a_run_that_fails_is_told_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs, "OUT", tmp_path / "out")
+    monkeypatch.chdir(ROOT)
+    scale = replace(NANO, flags=("--seq_len", "100"))
+    with pytest.raises(runs.UserError, match="(?s)exit code 2.*goes on.*train.py --size nano.*--seq_len 100"):
+        runs.make_all([Run("spectron", 0.1)], scale)
+
+
+@pytest.mark.parametrize("argv, fragments", [
+    (["table9"], ["table9", "table1"]), (["fig2", "--seeds", "0"], ["0"]),
+    (["fig2", "--scale", "XL"], ["XL", "nano"])])
+def test_wrong_commands_are_refused(fails, argv, fragments):
+    fails(reproduce.main, argv, *fragments)
+
+
+def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
+    reproduce.main(["all", "--dry_run", "--steps", "77"])
+    printed = capsys.readouterr().out
+    assert "0 of 24 runs are there; 24 and up to 8 with other seeds" in printed and "FLOPs" in printed
+    assert "fig7" in printed.splitlines()[0] and "chance" in printed.splitlines()[0]
+
+
+########################################
+#        What has been committed       #
+########################################
+
+@pytest.fixture
+def in_a_copy(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "runs").symlink_to(ROOT / "results" / "runs")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", DONE)
+def test_committed_tables_are_what_the_committed_logs_say(name, in_a_copy):
+    for directory in (ROOT / "results" / name).iterdir():
+        made = json.loads((directory / "table.json").read_text())
+        data = None if directory.name == "nano" else made["data"]
+        reproduce.report(name, runs.scale_of("nano", data))
+        for file in "table.md", "table.json":
+            again = Path("results") / name / directory.name / file
+            assert again.read_text() == (directory / file).read_text(), f"python -m paper.reproduce {name}"
+        assert (directory / "figure.png").stat().st_size > 10_000
+        assert all((ROOT / log).is_file() for arm in made["arms"] for log in arm["logs"])
+
+
+def test_the_readmes_results_are_those_of_the_logs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("README.md").read_text()
+    section = reproduce.readme_section()
+    assert reproduce.with_section(text, section) == text, "python -m paper.reproduce readme"
+    with pytest.raises(runs.UserError, match="no results section"):
+        reproduce.with_section("# A README", "")
