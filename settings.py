@@ -28,7 +28,7 @@ COMMON = dict(method_args={}, weight_decay=0.0, seed=0, factorize="all", orthogo
               renormalize=True, ns_steps=5, power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02,
               eval_tokens=10 * 2**20, spectra_every=10, stop_at=None, on_nonfinite="stop", out=None)
 # The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/table2/nano/table.md
-NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 1.0}
+NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 0.5}
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
               "stop_at", "on_nonfinite"}  # at --resume
 ACTIONS = {"resume", "overwrite", "dry_run"}  # what to do with a run, not a setting of it

@@ -13,6 +13,7 @@ from paper.runs import ARMS, Run, Scale, best_lr, final_loss, log_of, tried
 from plot import read_log
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
 STANDS_FOR = {"nano": "S"}  # the size of the paper's that is beside nano
 
 
@@ -65,16 +66,29 @@ def outcome(name: str, scale: Scale) -> Outcome:
     return Outcome(name, tried(name, scale), lr, losses, logs)
 
 
+def gap(a: Outcome, b: Outcome) -> tuple[float, float | None]:
+    """How much higher b ends than a, in nats, and the half width of its 95% interval, from the differences
+    seed by seed: a seed has the same data in both, and, where the shapes are the same, the same initial
+    weights. None on one seed."""
+    pairs = [y - x for x, y in zip(a.losses, b.losses)]
+    if len(pairs) < 2:
+        return b.mean - a.mean, None
+    return statistics.mean(pairs), T95.get(len(pairs), 2.6) * statistics.stdev(pairs) / len(pairs)**0.5
+
+
+def said(difference: float, interval: float | None) -> str:
+    return f"{difference:+.3f}" + (" (one seed)" if interval is None else f" ± {interval:.3f}")
+
+
 def compared(better: Outcome, worse: Outcome) -> str:
     """One step of the paper's order: does it hold here, by how much, against what spread."""
-    gap, names = worse.mean - better.mean, f"{better.label} before {worse.label}"
+    names = f"{better.label} before {worse.label}"
     if math.isinf(worse.mean):
         return f"{names}: holds, the latter diverged at every lr"
-    if None in (better.sd, worse.sd):
-        return f"{names}: {'holds' if gap > 0 else 'does not hold'}, by {abs(gap):.3f} nats, on one seed"
-    spread = math.hypot(better.sd, worse.sd)
-    verdict = "cannot be told" if abs(gap) < 2 * spread else "holds" if gap > 0 else "is the other way round"
-    return f"{names}: {verdict} ({gap:+.3f} nats against a spread of {spread:.3f})"
+    difference, interval = gap(better, worse)
+    verdict = ("cannot be told" if interval is not None and abs(difference) < interval else
+               "holds" if difference > 0 else "is the other way round")
+    return f"{names}: {verdict}, {said(difference, interval)}"
 
 
 ########################################
@@ -232,8 +246,7 @@ def says_fig3(found: list[Outcome], scale: Scale) -> str:
 
 def says_fig5(found: list[Outcome], scale: Scale) -> str:
     low, *others = found
-    parts = [f"{o.mean - low.mean:+.3f} nats for {o.label} ({o.steps} steps against {low.steps})"
-             for o in others]
+    parts = [f"{said(*gap(low, o))} nats for {o.label} ({o.steps} steps against {low.steps})" for o in others]
     return f"The paper: the two end equal at equal FLOPs. Here, measured from Spectron: {', '.join(parts)}."
 
 

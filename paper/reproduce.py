@@ -69,7 +69,7 @@ def sentence(name: str, scale: Scale) -> str:
     e, found = EXPERIMENTS[name], outcomes_of(name, scale)
     order = [compared(a, b) for a, b in zip(found, found[1:])] if e.ordered else []
     own = SAYS[name](found, scale) if name in SAYS else ""
-    return " ".join(filter(None, [own, order and "The paper's order: " + "; ".join(order) + ".", e.differs]))
+    return " ".join(filter(None, [own, order and "The paper's order, in nats: " + "; ".join(order) + ".", e.differs]))
 
 
 def setting(scale: Scale) -> str:

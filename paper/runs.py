@@ -223,8 +223,8 @@ def make(run: Run, scale: Scale, threads: int | None) -> None:
 
 
 def thinned(rows: list[str]) -> list[str]:
-    """The lines of a log with every nth step, those that were validated and the last, numbers to 6 digits; and
-    where each part of the run was made."""
+    """The lines of a log with every nth step, those that were validated and the last, numbers to 6 digits;
+    and where each part of the run was made."""
     records = [json.loads(row) for row in rows]
     every = max(1, len(records) // KEPT)
     return [json.dumps({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in record.items()})

@@ -141,12 +141,13 @@ def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
 def test_the_verdict_is_weighed_against_the_spread():
     def outcome(arm, *losses):
         return experiments.Outcome(arm, {}, 0.1, list(losses), [])
-    a, near, far = outcome("spectron", 1.5, 1.6), outcome("adamw", 1.55, 1.65), outcome("adamw", 2.5, 2.6)
-    assert "cannot be told (+0.050 nats" in experiments.compared(a, near)
-    assert "holds (+1.000 nats" in experiments.compared(a, far)
-    assert "is the other way round (-1.000 nats" in experiments.compared(far, a)
+    a, near, far = outcome("spectron", 1.5, 1.6), outcome("adamw", 1.54, 1.66), outcome("adamw", 2.51, 2.61)
+    assert experiments.gap(a, near) == pytest.approx((0.05, 12.7 * 0.01), rel=1e-6)
+    assert "cannot be told, +0.050 ± 0.127" in experiments.compared(a, near)
+    assert "holds, +1.010 ± 0.000" in experiments.compared(a, far)
+    assert "is the other way round, -1.010" in experiments.compared(far, a)
     alone = experiments.compared(outcome("adamw", 2.5), outcome("dense", 1.5))
-    assert "does not hold, by 1.000 nats, on one seed" in alone
+    assert "is the other way round, -1.000 (one seed)" in alone
     assert "diverged" in experiments.compared(a, outcome("neither"))
 
 
@@ -193,6 +194,24 @@ def test_a_run_that_fails_is_told_with_its_command(tmp_path, monkeypatch):
     scale = replace(NANO, flags=("--seq_len", "100"))
     with pytest.raises(runs.UserError, match="(?s)exit code 2.*goes on.*train.py --size nano.*--seq_len 100"):
         runs.make_all([Run("spectron", 0.1)], scale)
+
+
+def test_above_nano_eval_scores_the_tasks_and_the_table_has_them(store, monkeypatch):
+    asked, S = [], runs.scale_of("S", steps=9)
+
+    def evaluate(command, check):
+        asked.append(command)
+        Path(command[-1]).write_text(json.dumps({f"{task}_acc_norm": 0.25 for task in reproduce.TASKS}))
+    monkeypatch.setattr(runs.subprocess, "run", evaluate)
+    monkeypatch.setattr(runs, "make_all", lambda wanted, scale: [
+        store(run, 3 + abs(math.log(2 * run.lr / ARMS[run.arm].lr)), scale) for run in wanted])
+    reproduce.prepare("table1", S)
+    assert len(asked) == 3 and "out/paper/S-9x1048576/spectron-lr0.05-seed0" in asked[0]
+    assert "hellaswag,piqa,arc_easy" in asked[0] and reproduce.table("table1", S).count("25.00%") == 9
+    reproduce.prepare("fig7", S)
+    assert len(asked) == 3 + 6
+    reproduce.report("fig7", S)
+    assert Path("results/fig7/S-9x1048576/figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("argv, fragments", [
