@@ -1,6 +1,6 @@
 """Figures from the logs of runs.
 
-    python plot.py out/a out/b -o fig.png [--x step|tokens|flops|seconds] [--y val_loss|loss|dW|W|gauge]
+    python plot.py out/a out/b -o fig.png [--x step|tokens|flops|seconds] [--y val_loss|loss|dW|W|dy|gauge]
 """
 
 import json
@@ -11,7 +11,9 @@ from cli import UserError
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
-          "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
+          "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "dy": r"$|\Delta y|_{rms}$",
+          "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
+NORMS = "dW", "W", "dy", "gauge"  # of one matrix
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
 DULL = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device", "resume", "overwrite", "dry_run"}
@@ -70,9 +72,9 @@ def figure(runs, out, x="step", y=None) -> None:
         plt.close(fig)
         raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has "
                         f"{', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")
-    of = f" of {logs[0][0]['config']['spectra_of']}" if y in ("dW", "W", "gauge") else ""
+    of = f" of {logs[0][0]['config']['spectra_of']}" if y in NORMS else ""
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y] + of if y else "loss (nats per token)")
-    ax.set_yscale("log" if y in ("dW", "gauge") else "linear")
+    ax.set_yscale("log" if y in ("dW", "dy", "gauge") else "linear")
     ax.grid(alpha=0.25)
     fig.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     fig.savefig(out, dpi=150)
@@ -85,7 +87,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="directories of runs, or their log.jsonl")
     parser.add_argument("-o", "--out", default="fig.png", help="picture to write: .png, .pdf, .svg (fig.png)")
     parser.add_argument("--x", choices=["step", "tokens", "flops", "seconds"], default="step")
-    parser.add_argument("--y", choices=["val_loss", "loss", "dW", "W", "gauge"], default="val_loss")
+    parser.add_argument("--y", choices=["val_loss", "loss", *NORMS], default="val_loss")
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: expected a name that ends in .png, .pdf or .svg")

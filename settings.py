@@ -26,7 +26,8 @@ PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fine
 NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=600)
 COMMON = dict(method_args={}, weight_decay=0.0, seed=0, factorize="all", orthogonalize=True,
               renormalize=True, ns_steps=5, power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02,
-              eval_tokens=10 * 2**20, spectra_every=10, stop_at=None, on_nonfinite="stop", out=None)
+              eval_tokens=10 * 2**20, final_eval_tokens=100_000_000, spectra_every=10, stop_at=None,
+              on_nonfinite="stop", out=None)
 # The best lr of each corner at nano, (orthogonalize, renormalize) -> lr: results/table2/nano/table.md
 NANO_CORNERS = {(True, True): 0.1, (True, False): 0.02, (False, True): 0.05, (False, False): 0.5}
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
@@ -85,8 +86,8 @@ def parse(argv, description: str) -> dict:
     add("out", "directory of the run (the next free out/<size>-<method>-NN)")
     add("data", "directory of token shards (data/fineweb; nano data/stdlib, built where it is missing)")
     add("eval_every", "steps between validations (a tenth of --steps)", int)
-    add("eval_tokens", "validation tokens during training (10,485,760); at the end it is up to 100,000,000",
-        int)
+    add("eval_tokens", "validation tokens at most, during training (10,485,760)", int)
+    add("final_eval_tokens", "validation tokens at most, after the last step (100,000,000)", int)
     add("save_every", "steps between checkpoints (a tenth of --steps)", int)
     add("spectra_every", "steps between logged steps, each with the norms of one matrix (10)", int)
     add("spectra_of", "that matrix, e.g. blocks.0.ffn.down_proj (attention.o_proj of the middle block)")
@@ -222,6 +223,9 @@ def check_method(settings: dict, name: str, method) -> None:
         written = f"--no-{flag}" if settings[flag] is False else f"--{flag}"
         raise UserError(f"{written} does not apply to --method {name}; it is a flag of --method "
                         + " or ".join(other for other in core if flag in core[other].flags))
+    if settings.get("compile") and not method.compiles:
+        raise UserError(f"--compile does not go with --method {name}, whose forward pass changes from step "
+                        "to step: leave it out")
     for flag, toggle in ("ns_steps", "orthogonalize"), ("power_steps", "renormalize"):
         if flag in settings and settings.get(toggle) is False:
             raise UserError(f"--{flag} has no effect with --no-{toggle}: leave one of them out")
@@ -240,7 +244,7 @@ def check_ratio(c) -> None:
 def check_values(settings: dict) -> None:
     """UserError for a number out of its range."""
     for flag in ("steps", "tokens_per_step", "batch_size", "seq_len", "ns_steps", "power_steps", "eval_every",
-                 "eval_tokens", "save_every", "spectra_every", "stop_at"):
+                 "eval_tokens", "final_eval_tokens", "save_every", "spectra_every", "stop_at"):
         if settings.get(flag, 1) < 1:
             raise UserError(f"--{flag} is {settings[flag]}, and has to be at least 1")
     for flag in "lr", "adam_lr", "muon_lr", "weight_decay":

@@ -38,7 +38,6 @@ from eval import BROKEN, load_checkpoint, load_model, validate
 from model import FEW_ROWS, FactorizedLinear, Llama, LlamaConfig, block_matrices
 from settings import precision
 
-FINAL_EVAL_TOKENS = 100_000_000
 WARMUP = 0.05  # of the steps
 CLIP = 1.0  # on the norm of all gradients together
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -208,12 +207,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def git(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+
 def provenance(argv, c, ranks: int) -> dict:
     """The first record of a log: how to make it again, and where it was made."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() \
-        if shutil.which("git") else None
-    return {"argv": argv, "config": vars(c), "git": git or None, "ranks": ranks,
+    commit = git("rev-parse", "HEAD").stdout.strip() if shutil.which("git") else ""
+    if commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode:
+        commit += "-dirty"  # results that a run has written do not count
+    return {"argv": argv, "config": vars(c), "git": commit or None, "ranks": ranks,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(),
@@ -434,7 +437,7 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
         if validated:
             if step == c.steps and tokenizer:
                 byte_lengths = data.token_bytes(tokenizer)
-            tokens = FINAL_EVAL_TOKENS if step == c.steps else c.eval_tokens
+            tokens = c.final_eval_tokens if step == c.steps else c.eval_tokens
             scores = validate(model, val, tokens, c.batch_size, c.dtype, byte_lengths)
         if logged:
             speed = (step - marker[0]) * c.tokens_per_step / (seconds - marker[1])

@@ -7,9 +7,10 @@ the steps. Then W goes, with its optimizer, and what is left is a plain low-rank
     python train.py --method self-guided --method_args optimizer=muon init=dense stochastic=true
 
 FLOPs are counted as they are executed. W is there for half of the steps, so a run costs 50% of the dense
-matrices' FLOPs beside the factors'; stochastic, where W is used with probability alpha, 1/2 on average, it is
-25%: the paper's figure, which is therefore one of the dense matrices. Of the factors', at the rank ratio of
-0.25 and nano's shapes, the two are 93% and 46%.
+matrices' FLOPs beside the factors', and 25% stochastic, where W is used with probability alpha, 1/2 on average.
+Of the factors' own, at a rank ratio of 0.25, that is 93% and 46% at nano (96% and 48% at S), and of all FLOPs at
+S, with the head for 32,000 tokens and attention, 48% and 24%. The paper's "25% relative to using solely the
+factorized parameterization" can be the stochastic variant in the first sense or in the last.
 """
 
 import math
@@ -49,7 +50,7 @@ class SelfGuidedLinear(FactorizedLinear):
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         low_rank = super().forward(x)
         if torch.is_grad_enabled() and next(self._skips, False):  # never in evaluation
-            return low_rank + 0 * self.W[0, 0]  # so that W has a gradient on every rank, of zeros
+            return low_rank + 0 * self.W[0, 0]  # a gradient of zeros on every rank: momentum still moves W
         return self.alpha * F.linear(x, self.W) + (1 - self.alpha) * low_rank
 
     def product(self) -> Tensor:

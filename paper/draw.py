@@ -24,8 +24,9 @@ def look(arm: str) -> dict:
     return {"color": colour, "marker": marker, "ls": line}
 
 
-def unit(scale) -> str:
-    return "nats per byte" if scale.nano else "nats per token"
+def unit(found) -> str:
+    made_with = {read_log(log)[0]["config"].get("tokenizer") for o in found for log in o.logs[:1]}
+    return "nats per byte" if made_with == {"bytes"} else "nats per token"
 
 
 def points(log, key: str, x: str = "step") -> list[tuple]:
@@ -57,19 +58,19 @@ def save(fig, path, title: str) -> None:
 #         Losses over training         #
 ########################################
 
-def validation(log, x: str, scale) -> list[tuple]:
-    """The validation losses of a log; at nano without the last, which is over more tokens than the others."""
-    return points(log, "val_loss", x)[:-1 if scale.nano else None]
+def validation(log, x: str) -> list[tuple]:
+    """The validation losses of a log, without the last, which is over more tokens than the others."""
+    return points(log, "val_loss", x)[:-1]
 
 
-def validation_label(found, scale) -> str:
-    tokens = read_log(found[0].logs[0])[0]["config"]["eval_tokens"]
-    return f"validation loss, first {tokens:,} tokens\n({unit(scale)})"
+def validation_label(found) -> str:
+    tokens = next((read_log(log)[0]["config"]["eval_tokens"] for o in found for log in o.logs), 0)
+    return f"validation loss, first {tokens:,} tokens\n({unit(found)})"
 
 
-def curve(ax, o, scale, x: str = "step") -> None:
+def curve(ax, o, x: str = "step") -> None:
     """The validation loss of an arm: the mean over its seeds, and all of them as a band."""
-    logs = [validation(log, x, scale) for log in o.logs]
+    logs = [validation(log, x) for log in o.logs]
     if not logs:
         return
     xs, (low, mean, high) = [p[0] for p in logs[0]], zip(*(
@@ -85,10 +86,11 @@ def curves_and_gaps(found, paper: dict, scale):
     dashed lines."""
     fig, (left, right) = panels(2, width_ratios=[1.5, 1])
     for o in found:
-        curve(left, o, scale)
-    left.set(xlabel="step", ylabel=validation_label(found, scale))
-    losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step", scale)]
-    left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
+        curve(left, o)
+    left.set(xlabel="step", ylabel=validation_label(found))
+    losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step")]
+    if losses:
+        left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
     gaps(right, found, paper)
     legend_below(fig, left, 4)
     return fig
@@ -103,7 +105,7 @@ def gaps(ax, found, paper: dict) -> None:
                         marker=style["marker"], capsize=3, ms=6)
         if o.arm in paper:
             ax.plot([100 * (math.log(paper[o.arm]) / paper_least - 1)] * 2, [row - 0.35, row + 0.35], "--",
-                    color="0.3", lw=1.4, label="the paper, size S" if row == 0 else None)
+                    color="0.3", lw=1.4, label="the paper" if row == 0 else None)
     ax.set(yticks=range(len(found)), yticklabels=[], ylim=(len(found) - 0.4, -0.9 if paper else -0.6),
            xlabel="final loss over the lowest (%), with its spread")
     if ax.get_xlim()[1] > 20:
@@ -116,8 +118,8 @@ def gaps(ax, found, paper: dict) -> None:
 def figure1(found, paper: dict, scale):
     fig, (ax,) = panels(1, 6.5)
     for o in found:
-        curve(ax, o, scale, "flops")
-    ax.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found, scale))
+        curve(ax, o, "flops")
+    ax.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
     legend_below(fig, ax)
     return fig
 
@@ -126,10 +128,10 @@ def figure5(found, paper: dict, scale):
     low, by_flops, by_time = found
     fig, (left, right) = panels(2, sharey=True)
     for o in (low, by_flops):
-        curve(left, o, scale, "flops")
+        curve(left, o, "flops")
     for o in (low, by_time):
-        curve(right, o, scale, "seconds")
-    left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found, scale))
+        curve(right, o, "seconds")
+    left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
     right.set(xlabel="seconds of training")
     both = [a + b[1:] for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
     fig.legend(*both, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -144,8 +146,7 @@ def loss_over_lr(found, paper: dict, scale):
     """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
     fig, (ax,) = panels(1, 9.5, 5)
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
-    top = min(losses) + 0.8 * (max(losses) - min(losses)) if losses else 1.0
-    top = min(top, 2 * min(losses))
+    top = min(losses + [1]) * 2 if len(losses) < 2 else min(losses) + 0.8 * (max(losses) - min(losses))
     for o in found:
         style, label = look(o.arm), ARMS[o.arm].label
         shown = [(lr, min(top, loss if loss is not None else top)) for lr, loss in o.grid.items()]
@@ -162,7 +163,7 @@ def loss_over_lr(found, paper: dict, scale):
     ax.text(0.995, top, f"{top:.2f} and above; crosses: diverged", transform=ax.get_yaxis_transform(),
             ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
-           ylabel=f"final validation loss ({unit(scale)})")
+           ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax, 3)
     return fig
 
@@ -184,7 +185,7 @@ def figure6(found, paper: dict, scale):
         ax.plot([parameters(o.arm, scale) / 1e6 for o in (low, dense)],
                 [math.exp(o.mean) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
-           ylabel=f"perplexity per {'byte' if scale.nano else 'token'}")
+           ylabel=f"perplexity per {unit(found).split()[-1]}")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(axis="x", which="minor", labelsize=8)

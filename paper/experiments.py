@@ -9,7 +9,7 @@ from typing import Callable
 
 from model import ALIASES
 from paper import draw, runs
-from paper.runs import ARMS, Run, Scale, best_lr, final_loss, log_of, tried
+from paper.runs import ARMS, Run, Scale, best_of, final_loss, log_of, tried
 from plot import read_log
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
@@ -26,13 +26,17 @@ class Outcome:
     """One arm at one scale: its learning rates, and its best one over the seeds."""
     arm: str
     grid: dict  # lr -> validation loss of seed 0, None where it diverged
-    lr: float | None
-    losses: list  # of the seeds at that lr
-    logs: list
+    lr: float | None  # the best
+    by_seed: dict  # seed -> validation loss at that lr, None where it diverged
+    logs: list  # of the seeds at that lr
 
     @property
     def label(self) -> str:
         return ARMS[self.arm].label
+
+    @property
+    def losses(self) -> list[float]:
+        return [loss for loss in self.by_seed.values() if loss is not None]
 
     @property
     def steps(self) -> int | None:
@@ -55,24 +59,27 @@ class Outcome:
     def __str__(self) -> str:
         if not self.losses:
             return "diverged at every lr"
-        return f"{self.mean:.3f}" + (f" ± {self.sd:.3f}" if self.sd is not None else "")
+        lost = len(self.by_seed) - len(self.losses)
+        return (f"{self.mean:.3f}" + (f" ± {self.sd:.3f}" if self.sd is not None else "")
+                + (f", {lost} of {len(self.by_seed)} diverged" if lost else ""))
 
 
-def outcome(name: str, scale: Scale) -> Outcome:
-    lr = best_lr(name, scale)
-    logs = [log_of(Run(name, lr, seed), scale) for seed in range(scale.seeds)] if lr else []
-    logs = [log for log in logs if log.is_file()]
-    losses = [loss for loss in map(final_loss, logs) if loss is not None]
-    return Outcome(name, tried(name, scale), lr, losses, logs)
+def outcome(name: str, scale: Scale, few: bool = False) -> Outcome:
+    grid = tried(name, scale, few)
+    lr = best_of(grid)
+    logs = {seed: log_of(Run(name, lr, seed), scale) for seed in range(scale.seeds)} if lr else {}
+    logs = {seed: log for seed, log in logs.items() if log.is_file()}
+    return Outcome(name, grid, lr, {seed: final_loss(log) for seed, log in logs.items()}, list(logs.values()))
 
 
 def gap(a: Outcome, b: Outcome) -> tuple[float, float | None]:
     """How much higher b ends than a, in nats, and the half width of its 95% interval, from the differences
     seed by seed: a seed has the same data in both, and, where the shapes are the same, the same initial
-    weights. None on one seed."""
-    pairs = [y - x for x, y in zip(a.losses, b.losses)]
+    weights. No interval from one seed; infinite where one of them diverged."""
+    pairs = [b.by_seed[seed] - a.by_seed[seed] for seed in a.by_seed
+             if None not in (a.by_seed[seed], b.by_seed.get(seed))]
     if len(pairs) < 2:
-        return b.mean - a.mean, None
+        return pairs[0] if pairs else math.inf, None
     return statistics.mean(pairs), T95.get(len(pairs), 2.6) * statistics.stdev(pairs) / len(pairs)**0.5
 
 
@@ -83,10 +90,11 @@ def said(difference: float, interval: float | None) -> str:
 def compared(better: Outcome, worse: Outcome) -> str:
     """One step of the paper's order: does it hold here, by how much, against what spread."""
     names = f"{better.label} before {worse.label}"
-    if math.isinf(worse.mean):
-        return f"{names}: holds, the latter diverged at every lr"
+    if not (better.losses and worse.losses):
+        lost = " and ".join(o.label for o in (better, worse) if not o.losses)
+        return f"{names}: {'holds' if better.losses else 'does not hold'}, {lost} diverged at every lr"
     difference, interval = gap(better, worse)
-    verdict = ("cannot be told" if interval is not None and abs(difference) < interval else
+    verdict = ("cannot be told" if interval is None or abs(difference) < interval else
                "holds" if difference > 0 else "is the other way round")
     return f"{names}: {verdict}, {said(difference, interval)}"
 
@@ -203,7 +211,7 @@ def single_of(name: str, scale: Scale) -> tuple:
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
-    return [outcome(arm, scale) for arm in arms_of(name, scale)]
+    return [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]
 
 
 ########################################
@@ -212,36 +220,38 @@ def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
 
 def says_fig12(found: list[Outcome], scale: Scale) -> str:
     """How wide each arm's range of good learning rates is: those within 5% of its best loss."""
-    widths = []
+    widths, lost = [], []
     for o in found:
-        good = [lr for lr, loss in o.grid.items() if loss is not None and loss <= 1.05 * min(
-            x for x in o.grid.values() if x is not None)]
-        widths.append(f"{o.label} {max(good) / min(good):g}x")
-    lost = [f"{o.label} at {', '.join(f'{lr:g}' for lr, loss in o.grid.items() if loss is None)}"
-            for o in found if None in o.grid.values()]
+        lrs = sorted(o.grid)
+        good = [lr for lr in lrs if o.lr and o.grid[lr] is not None and o.grid[lr] <= 1.05 * o.grid[o.lr]]
+        if good:
+            open_end = good[0] == lrs[0] or good[-1] == lrs[-1]
+            widths.append(f"{o.label} {'at least ' * open_end}{good[-1] / good[0]:g}x")
+        diverged = [f"{lr:g}" for lr in lrs if o.grid[lr] is None]
+        lost += [f"{o.label} at {', '.join(diverged)}"] if diverged else []
     return (f"Learning rates that end within 5% of an arm's best loss span {', '.join(widths)}. Diverged: "
             f"{'; '.join(lost) or 'none'}.")
 
 
 def middle(o: Outcome, key: str) -> float:
     """The median over the logged steps of the first seed at the best learning rate."""
-    return statistics.median(x for _, x in draw.points(o.logs[0], key))
+    return statistics.median(x for _, x in draw.points(o.logs[0], key)) if o.logs else math.nan
 
 
 def says_fig2(found: list[Outcome], scale: Scale) -> str:
     low, dense = (middle(o, "dW") for o in found)
-    return (f"The paper: 10 to 30 times as large in the low-rank model. Here the median over the run is "
-            f"{low:.3g} against {dense:.3g}, {low / dense:.1f} times, at learning rates of {found[0].lr:g} "
-            f"and {found[1].lr:g}.")
+    return ("The paper: 10 to 30 times as large in the low-rank model. Here the median over the run is "
+            f"{low:.3g} against {dense:.3g}, {low / dense:.1f} times, each at its best learning rate "
+            f"({', '.join(f'{o.lr:g}' for o in found if o.lr)}).")
 
 
 def says_fig3(found: list[Outcome], scale: Scale) -> str:
-    parts = [f"{o.label} {middle(o, 'dW'):.3g}, {middle(o, 'dy'):.3g} and "
-             f"{draw.points(o.logs[0], 'W')[-1][1]:.3g}" for o in found]
-    gauge = max(x for _, x in draw.points(found[0].logs[0], "gauge"))
-    return ("The paper: AdamW's norms explode, Muon's are held in part, Spectron's are bounded. Here "
-            f"||dW||_2 and |dy|_rms (medians) and the last ||W||_2 are: {'; '.join(parts)}. Spectron's step "
-            f"is at most {gauge:.2f} of its learning rate.")
+    last = [draw.points(o.logs[0], "W")[-1][1] if o.logs else math.nan for o in found]
+    parts = [f"{o.label} {middle(o, 'dW'):.3g}, {middle(o, 'dy'):.3g}, {W:.3g}" for o, W in zip(found, last)]
+    gauge = max((x for log in found[0].logs[:1] for _, x in draw.points(log, "gauge")), default=math.nan)
+    return ("The paper: AdamW's norms explode, Muon's are held in part, Spectron's are bounded. Here the "
+            f"medians of ||dW||_2 and |dy|_rms and the last ||W||_2 are: {'; '.join(parts)}. Spectron's "
+            f"logged steps are at most {gauge:.2f} of their learning rate.")
 
 
 def says_fig5(found: list[Outcome], scale: Scale) -> str:
@@ -252,7 +262,7 @@ def says_fig5(found: list[Outcome], scale: Scale) -> str:
 
 def says_fig6(found: list[Outcome], scale: Scale) -> str:
     half = len(found) // 2
-    parts = [f"{ARMS[dense.arm].size or scale.size} {dense.mean - low.mean:+.3f}"
+    parts = [f"{ARMS[dense.arm].size or scale.size} {said(*gap(low, dense))}"
              for low, dense in zip(found[:half], found[half:])]
     return ("The paper: at equal FLOPs the low-rank model is better at every size. Here the dense one's loss "
             f"less the low-rank one's of the same shape is, in nats: {', '.join(parts)}.")

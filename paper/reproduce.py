@@ -22,10 +22,10 @@ from cli import UserError
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, runs
 from paper.experiments import EXPERIMENTS, PAPER, SAYS, STANDS_FOR, arms_of, compared, outcomes_of, single_of
-from paper.runs import ARMS, RESULTS, Run, Scale, best_lr
+from paper.runs import ARMS, RESULTS, Run, Scale
 
 MARKS = "<!-- results: made by python -m paper.reproduce readme -->", "<!-- end of results -->"
-TASKS = "hellaswag", "piqa", "arc_easy"
+TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws",
                      [row["size"] for row in PAPER["table5_sizes"]])}
@@ -41,23 +41,35 @@ DRAWN = "fig12", "fig2", "fig3"  # by the picture, where the others are by their
 
 def table(name: str, scale: Scale) -> str:
     """Every arm at its best learning rate, beside the paper, as Markdown."""
-    found, e = outcomes_of(name, scale), EXPERIMENTS[name]
-    paper = e.paper(STANDS_FOR.get(scale.size, scale.size))
-    unit = "nats per byte" if scale.nano else "nats per token"
-    best = min(found, key=lambda o: o.mean)
+    found, paper = outcomes_of(name, scale), paper_of(name, scale)
+    least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
     tasks = [task for task in TASKS if any(f"{task}_acc_norm" in o.scores for o in found)]
-    head = ["", "lr", f"validation loss ({unit})", "n", "perplexity", "over the best", *tasks,
-            *(["the paper's perplexity, and over its best"] if paper else [])]
+    loss = f"validation loss ({draw.unit(found)})"
+    head = ["", "lr", loss, "n", "perplexity", "loss over the best", *tasks]
+    head += ["the paper's perplexity", "its loss over its best"] if paper else []
     rows = [head, ["---"] * len(head)]
     for o in found:
-        row = [o.label, f"{o.lr:g}" if o.lr else "", str(o), str(len(o.losses)),
-               f"{math.exp(o.mean):.2f}" if o.losses else "", over(o.mean, best.mean),
-               *(f"{o.scores[f'{task}_acc_norm']:.2%}" for task in tasks)]
+        row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
+               over(o.mean, least)]
+        row += [percent(o.scores.get(f"{task}_acc_norm")) for task in tasks]
         if paper:
-            least = math.log(min(paper.values()))
-            row.append(f"{paper[o.arm]:.2f}, {over(math.log(paper[o.arm]), least)}" if o.arm in paper else "")
+            theirs = paper.get(o.arm, math.inf)
+            row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]
         rows.append(row)
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def best_lr(o) -> str:
+    edge = o.lr in (min(o.grid), max(o.grid)) if len(o.grid) > 1 else False
+    return f"{o.lr:g}" + " (the edge of its grid)" * edge if o.lr else ""
+
+
+def paper_of(name: str, scale: Scale) -> dict:
+    return EXPERIMENTS[name].paper(STANDS_FOR.get(scale.size, scale.size))
+
+
+def percent(x: float | None) -> str:
+    return "" if x is None else f"{x:.2%}"
 
 
 def over(loss: float, best: float) -> str:
@@ -69,35 +81,38 @@ def sentence(name: str, scale: Scale) -> str:
     e, found = EXPERIMENTS[name], outcomes_of(name, scale)
     order = [compared(a, b) for a, b in zip(found, found[1:])] if e.ordered else []
     own = SAYS[name](found, scale) if name in SAYS else ""
-    return " ".join(filter(None, [own, order and "The paper's order, in nats: " + "; ".join(order) + ".", e.differs]))
+    ranks = order and f"The paper's order, in nats: {'; '.join(order)}."
+    return " ".join(filter(None, [own, ranks, e.differs]))
 
 
 def setting(scale: Scale) -> str:
     steps = f"{scale.steps:,}" if scale.steps else "the paper's"
-    return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}"
-            f"{' (bytes)' if scale.nano else ''}; {scale.seeds} seeds at each arm's best learning rate.")
+    return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}; up to "
+            f"{scale.seeds} seeds at each arm's best learning rate")
 
 
 def report(name: str, scale: Scale) -> None:
     """table.md, table.json and figure.png of an experiment whose runs are there."""
-    where = RESULTS / name / scale.name
+    where, e = RESULTS / name / scale.name, EXPERIMENTS[name]
+    found, paper = outcomes_of(name, scale), paper_of(name, scale)
     where.mkdir(parents=True, exist_ok=True)
-    e, found = EXPERIMENTS[name], outcomes_of(name, scale)
-    paper = e.paper(STANDS_FOR.get(scale.size, scale.size))
     every = "\n".join(f"- {o.label}: " + ", ".join(
         f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
         for o in found)
     (where / "table.md").write_text(
-        f"# {e.title}\n\n{setting(scale)} `python -m paper.reproduce {name} --scale {scale.size}`\n\n"
+        f"# {e.title}\n\n{setting(scale)}. `{runs.reproduce(name, scale)}`\n\n"
         f"{table(name, scale)}\n{sentence(name, scale)}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
         "![figure](figure.png)\n")
+    arms = [{"arm": o.arm, "flags": ARMS[o.arm].flags, "steps": o.steps, "lr_grid": o.grid, "best_lr": o.lr,
+             "seeds": o.by_seed, "n": len(o.losses), "mean": o.mean if o.losses else None, "sd": o.sd,
+             "paper_perplexity": paper.get(o.arm), "logs": [str(log) for log in o.logs]} for o in found]
     (where / "table.json").write_text(json.dumps(
-        {"name": name, "title": e.title, "size": scale.size, "steps": scale.steps,
-         "tokens_per_step": scale.tokens_per_step, "data": scale.data, "arms": [
-             {"arm": o.arm, "flags": ARMS[o.arm].flags, "steps": o.steps,
-              "lr_grid": o.grid, "best_lr": o.lr, "seeds": o.losses, "n": len(o.losses),
-              "mean": o.mean if o.losses else None, "sd": o.sd, "paper_perplexity": paper.get(o.arm),
-              "logs": [str(log) for log in o.logs]} for o in found]}, indent=1) + "\n")
+        {"name": name, "title": e.title, "command": runs.reproduce(name, scale), "scale": scale.given,
+         "steps": scale.steps, "tokens_per_step": scale.tokens_per_step, "data": scale.data, "arms": arms},
+        indent=1) + "\n")
+    lost = [o.label for o in found if not o.logs]
+    if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr):
+        return print(f"{where}/table.md, table.json; no figure: {', '.join(lost)} diverged at every lr")
     draw.save(e.figure(found, paper, scale), where / "figure.png", setting(scale))
     print(f"{where}/table.md, table.json, figure.png", flush=True)
 
@@ -139,12 +154,12 @@ def readme_section() -> str:
     for name, data in README:
         e, scale = EXPERIMENTS[name], runs.scale_of("nano", data)
         where, drawn = f"results/{name}/{scale.name}", name in DRAWN
-        made_by = f"`python -m paper.reproduce {name}{f' --data {data}' if data else ''}`"
+        made_by = f"`{runs.reproduce(name, scale)}`"
         parts += [f"### {e.title}" + f", on {Path(data).name}" * bool(data),
                   f"![{e.title}]({where}/figure.png)" if drawn else table(name, scale).strip(),
                   wrapped(f"{sentence(name, scale)} {made_by}; [table]({where}/table.md), "
                           f"[figure]({where}/figure.png).")]
-    return "\n\n".join([wrapped(setting(runs.scale_of("nano"))), *parts])
+    return "\n\n".join([wrapped(setting(runs.scale_of("nano")) + "."), *parts])
 
 
 def wrapped(text: str) -> str:
@@ -170,13 +185,18 @@ def plan(name: str, scale: Scale) -> str:
 
 
 def prepare(name: str, scale: Scale) -> None:
-    """Make every run that an experiment wants and that is missing."""
+    """Make every run that an experiment wants and that is missing. UserError for one that scores tasks whose
+    files are not there."""
     e, arms = EXPERIMENTS[name], arms_of(name, scale)
+    scored = e.tasks and not scale.nano
+    if scored and not EVALS.is_dir():
+        raise UserError(f"{name} scores HellaSwag, PIQA and ARC-Easy, and {EVALS} is not there: "
+                        "python -m tools.download evals")
     print(plan(name, scale), flush=True)
-    runs.sweep(arms, scale, arms if e.few else (), single_of(name, scale))
-    if e.tasks and not scale.nano:
-        for arm in arms:
-            runs.score(Run(arm, best_lr(arm, scale)), scale, TASKS)
+    runs.sweep(arms, scale, e.few, single_of(name, scale))
+    for o in outcomes_of(name, scale) if scored else []:
+        if o.lr:
+            runs.score(Run(o.arm, o.lr), scale, TASKS)
 
 
 @cli.command

@@ -7,13 +7,16 @@ sees the same data in the same order, the same schedule, clipping and adam_lr, a
 the arms beside it; its best one then gets the other seeds.
 """
 
+import fcntl
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,8 +58,6 @@ ARMS = {
     "adamw": Arm("AdamW", "--method adamw", 1e-3),
     "self-guided": Arm("self-guided, AdamW", "--method self-guided", 1e-3),
     "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
-    "self-guided-stochastic": Arm("self-guided, stochastic",
-                                  "--method self-guided --method_args stochastic=true", 1e-3),
     "dense": Arm("dense, Muon", "--method dense", 0.02),
     "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
     "rank-0.125": Arm("rank ratio 0.125", "--rank_ratio 0.125"),
@@ -80,7 +81,8 @@ for _size in [size for ladder in LADDERS.values() for size in ladder if size != 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where the arms are compared. Its name is that of its directories: nano-imdb, S-300x131072."""
+    """Where the arms are compared. Its name is that of its directories: nano-imdb-bytes, S-300x131072."""
+    given: dict  # what makes it again: scale_of(**given)
     size: str
     name: str
     steps: int | None  # None: the paper's
@@ -95,60 +97,74 @@ class Scale:
         return self.size in NANO_SIZES
 
 
-def scale_of(size: str, data=None, steps=None, tokens_per_step=None, lrs=None, seeds=3) -> Scale:
-    """A scale from what the user gave; what differs from the size's own goes into its name."""
+def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, seeds=3) -> Scale:
+    """A scale from what the user gave, a size and what differs from its own, which goes into the name."""
+    given = {"scale": scale, "data": data, "steps": steps, "tokens_per_step": tokens_per_step, "lrs": lrs,
+             "seeds": None if seeds == 3 else seeds}
+    given, size = {key: value for key, value in given.items() if value is not None}, scale
     nano = size in NANO_SIZES
     default = settings.NANO if nano else settings.PAPER
     shortened = f"-{steps or 'paper'}x{tokens_per_step or default['tokens_per_step']}" \
         if steps or tokens_per_step else ""
     name = size + (f"-{Path(data).name}" if data else "") + shortened
-    return Scale(size, name, steps or (200 if nano else None), tokens_per_step or default["tokens_per_step"],
-                 data or default["data"], lrs or (6 if nano else 3), seeds)
+    return Scale(given, size, name, steps or (200 if nano else None),
+                 tokens_per_step or default["tokens_per_step"], data or default["data"],
+                 lrs or (6 if nano else 3), seeds)
 
 
-def steps_of(arm: Arm, scale: Scale) -> int:
-    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs."""
+def steps_of(name: str, scale: Scale) -> int:
+    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs; in time, what
+    was decided with its first run."""
+    arm = ARMS[name]
     method = methods.METHODS["dense" if "--method dense" in arm.flags else "spectron"]
     steps = scale.steps or settings.paper_steps(arm.size or scale.size, method.dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
         return steps
+    begun = [*directory(scale).glob(f"{name}-lr*.jsonl"), *(OUT / scale.name).glob(f"{name}-lr*/log.jsonl")]
+    if arm.steps == "time" and begun:
+        return read_log(begun[0])[0]["config"]["steps"]
     cost = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
-    return max(1, round(steps * cost(ARMS[arm.twin], scale) / cost(arm, scale)))
+    return max(1, round(steps * cost(arm.twin, scale) / cost(name, scale)))
 
 
-def flops_per_token(arm: Arm, scale: Scale) -> float:
+def flops_per_token(name: str, scale: Scale) -> float:
     """Of a model that is not made; a guide counts for the half of the steps that it is there."""
-    c = settings.resolve(settings.parse(flags_of(arm, scale), ""), 1)
+    c = settings.resolve(settings.parse(flags_of(ARMS[name], scale), ""), 1)
     with torch.device("meta"):
         model = Llama(replace(SIZES[c.size], **c.model), methods.find(c.method, c.method_args).linear)
     guides = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".W"))
     return model.flops_per_token() - 3 * guides
 
 
-def seconds_per_step(arm: Arm, scale: Scale) -> float:
+def seconds_per_step(name: str, scale: Scale) -> float:
     """The median over the logs of its pacemaker."""
-    name, times = pacemaker(arm), []
+    name, times = pacemaker(name), []
     for log in directory(scale).glob(f"{name}-lr*.jsonl"):
         records = read_log(log)[1]
         if len(records) > 1 and records[-1].get("seconds"):
             times.append((records[-1]["seconds"] - records[0]["seconds"])
                          / (records[-1]["step"] - records[0]["step"]))
     if not times:
-        raise UserError(f"equal wall-clock needs a run of {name!r}: python -m paper.reproduce fig12 --scale "
-                        f"{scale.size}")
+        raise UserError(f"equal wall-clock needs a run of {name!r} in {directory(scale)}: "
+                        f"{reproduce('fig12', scale)}")
     return statistics.median(times)
 
 
-def pacemaker(arm: Arm) -> str:
+def pacemaker(name: str) -> str:
     """The arm that is trained alike, for the steps of its scale."""
-    return next(name for name, other in ARMS.items() if other.flags == arm.flags and other.steps == "same")
+    return next(other for other, arm in ARMS.items() if arm.flags == ARMS[name].flags and arm.steps == "same")
+
+
+def reproduce(name: str, scale: Scale) -> str:
+    """The command that makes an experiment."""
+    given = {key: value for key, value in scale.given.items() if (key, value) != ("scale", "nano")}
+    return " ".join(["python -m paper.reproduce", name, *(f"--{key} {x}" for key, x in given.items())])
 
 
 def flags_of(arm: Arm, scale: Scale) -> list[str]:
     """What every run of an arm has in common."""
-    data = ["--data", scale.data] if Path(scale.data).is_dir() else []
-    return ["--size", arm.size or scale.size, *arm.flags.split(), *data, *scale.flags,
-            "--tokens_per_step", str(scale.tokens_per_step)]
+    return ["--size", arm.size or scale.size, *arm.flags.split(), "--data", scale.data,
+            "--tokens_per_step", str(scale.tokens_per_step), *scale.flags]
 
 
 ########################################
@@ -176,7 +192,7 @@ def log_of(run: Run, scale: Scale) -> Path:
 
 def final_loss(log: Path) -> float | None:
     """The validation loss after the last step; None for a run that diverged: its gradient or its loss ceased
-    to be finite, or it ended worse than a model that knows nothing, which has ln V nats."""
+    to be finite, or it ended worse than a guess, ln V for a vocabulary of V with its padding."""
     header, records = read_log(log)
     last = records[-1] if records else {}
     loss = last.get("val_loss")
@@ -184,37 +200,44 @@ def final_loss(log: Path) -> float | None:
 
 
 def is_finished(log: Path) -> bool:
-    if not log.is_file():
+    try:
+        header, records = read_log(log)
+    except UserError:  # none, or a kill has left no more than its beginning
         return False
-    header, records = read_log(log)
     return bool(records) and ("diverged" in records[-1]
                               or records[-1]["step"] == header["config"]["steps"])
 
 
 def command(run: Run, scale: Scale) -> list[str]:
     """What a user would type."""
-    arm, steps = ARMS[run.arm], steps_of(ARMS[run.arm], scale)
+    steps = steps_of(run.arm, scale)
     gpus = torch.cuda.device_count()
     python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] \
         if gpus > 1 else [sys.executable]
     often = ["--eval_every", str(math.ceil(steps / 8)), "--save_every", str(math.ceil(steps / 2)),
              "--eval_tokens", "16384"] if scale.nano else ["--eval_every", str(math.ceil(steps / 20))]
+    if scale.steps and not scale.nano:  # shortened: validation should not take longer than training
+        often += ["--eval_tokens", "1048576", "--final_eval_tokens", "10485760"]
     out = OUT / scale.name / run.name
-    return [*python, "train.py", *flags_of(arm, scale), "--lr", f"{run.lr:g}", "--seed", str(run.seed),
-            "--steps", str(steps), *often, "--on_nonfinite", "record", "--out", str(out),
-            "--resume" if (out / "ckpt.pt").is_file() else "--overwrite"]
+    return [*python, "train.py", *flags_of(ARMS[run.arm], scale), "--lr", f"{run.lr:g}",
+            "--seed", str(run.seed), "--steps", str(steps), *often, "--on_nonfinite", "record",
+            "--out", str(out), "--resume" if (out / "ckpt.pt").is_file() else "--overwrite"]
 
 
-def make(run: Run, scale: Scale, threads: int | None) -> None:
+def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
     """Train, unless it is done; then keep the thinned log."""
     log = OUT / scale.name / run.name / "log.jsonl"
     if not is_finished(log):
         env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        done = subprocess.run(command(run, scale), capture_output=True, text=True, env=env)
+        # a session of its own: Ctrl-C reaches it once, from make_all
+        child = subprocess.Popen(command(run, scale), stdout=subprocess.DEVNULL if threads else None,
+                                 stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        children.append(child)
+        said = child.communicate()[1]
         if not is_finished(log):
-            raise UserError(f"{run.name} did not come to its end (exit code {done.returncode}). What was "
+            raise UserError(f"{run.name} did not come to its end (exit code {child.returncode}). What was "
                             f"done is kept: the same command goes on.\n{' '.join(command(run, scale))}\n"
-                            f"{done.stderr.strip()}")
+                            f"{said.strip()}")
     kept = log_of(run, scale)
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
@@ -238,12 +261,14 @@ def workers(scale: Scale) -> int:
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:
-    """Those that are missing; on a CPU side by side, a thread each, which is 1.2 times as fast here as one
-    after the other with all threads."""
-    missing = [run for run in runs if not log_of(run, scale).is_file()]
-    threads = 1 if workers(scale) > 1 else None
-    with ThreadPoolExecutor(workers(scale)) as pool:
-        futures = {pool.submit(make, run, scale, threads): run for run in missing}
+    """Those that are missing; on a CPU side by side, a thread each, which is faster than one after the other
+    with all threads. Interrupted, it lets those that run save, which the same command then goes on from."""
+    missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale).is_file()]
+    if not missing:
+        return
+    threads, children = 1 if workers(scale) > 1 else None, []
+    with alone(OUT / scale.name), ThreadPoolExecutor(workers(scale)) as pool:
+        futures = {pool.submit(make, run, scale, children, threads): run for run in missing}
         try:
             for i, (future, run) in enumerate(futures.items()):
                 future.result()
@@ -252,15 +277,38 @@ def make_all(runs: list[Run], scale: Scale) -> None:
                       flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
             raise
+
+
+@contextmanager
+def alone(where: Path):
+    """UserError where another process makes runs in this directory; SIGTERM is as Ctrl-C meanwhile."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    where.mkdir(parents=True, exist_ok=True)
+    with open(where / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
+        before = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def score(run: Run, scale: Scale, tasks: tuple) -> None:
     """The run's accuracies, by eval.py, beside its log."""
     kept = log_of(run, scale).with_suffix(".scores.json")
-    if not kept.is_file():
-        subprocess.run([sys.executable, "eval.py", str(OUT / scale.name / run.name),
-                        "--tasks", ",".join(tasks), "--json", str(kept)], check=True)
+    if kept.is_file():
+        return
+    command = [sys.executable, "eval.py", str(OUT / scale.name / run.name), "--tasks", ",".join(tasks),
+               "--json", str(kept)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"no scores of {run.name} (above is why); the same command goes on")
 
 
 ########################################
@@ -274,52 +322,65 @@ def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
     return SERIES[start:start + count]
 
 
-def tried(name: str, scale: Scale) -> dict[float, float | None]:
-    """What each learning rate came to with seed 0."""
-    runs = [Run(name, lr) for lr in SERIES]
-    return {run.lr: final_loss(log_of(run, scale)) for run in runs if log_of(run, scale).is_file()}
-
-
-def best_lr(name: str, scale: Scale) -> float | None:
-    """None where every run diverged."""
-    losses = {lr: loss for lr, loss in tried(name, scale).items() if loss is not None}
-    return min(losses, key=losses.get, default=None)
-
-
-def beyond(name: str, scale: Scale) -> list[Run]:
-    """The next learning rate, where the best is at the edge of the grid."""
-    lrs, best = list(tried(name, scale)), best_lr(name, scale)
-    if best in (None, lrs[0]):
-        return [Run(name, SERIES[SERIES.index(lrs[0]) - 1])]
-    return [Run(name, SERIES[SERIES.index(lrs[-1]) + 1])] if best == lrs[-1] else []
-
-
-def sweep(names: list[str], scale: Scale, few: tuple = (), single: tuple = ()) -> None:
-    """Every arm over its learning rates, then its best lr with the other seeds; those in `few` over three
-    learning rates, those in `single` with one seed."""
-    timed = [name for name in names if ARMS[name].steps == "time"]
-    make_all([Run(name, ARMS[name].lr) for name in map(pacemaker, map(ARMS.get, timed))], scale)
-    for some in [name for name in names if name not in timed], timed:  # which wait for their twins' speed
-        make_all([Run(name, lr) for name in some for lr in lrs_of(name, scale, name in few)], scale)
+def tried(name: str, scale: Scale, few: bool = False) -> dict[float, float | None]:
+    """What the learning rates came to with seed 0: those that the arm starts from, and beyond an edge that is
+    best, at most WIDER more; what others have tried further out is not looked at."""
+    def loss(lr):
+        log = log_of(Run(name, lr), scale)
+        return {lr: final_loss(log)} if log.is_file() else {}
+    found = {}
+    for lr in lrs_of(name, scale, few):
+        found |= loss(lr)
     for _ in range(WIDER):
-        make_all([run for name in names for run in beyond(name, scale)], scale)
-    make_all([Run(name, best_lr(name, scale), seed) for name in names if name not in single
-              for seed in range(scale.seeds) if best_lr(name, scale) is not None], scale)
+        found = dict(sorted((found | (loss(lr) if (lr := next_lr(found)) else {})).items()))
+    return found
+
+
+def best_of(losses: dict) -> float | None:
+    """The learning rate of the lowest loss; None where every run diverged."""
+    return min((lr for lr in losses if losses[lr] is not None), key=losses.get, default=None)
+
+
+def next_lr(losses: dict) -> float | None:
+    """The learning rate beyond the edge, where the best is there."""
+    if not losses:
+        return None
+    best, lowest, highest = best_of(losses), SERIES.index(min(losses)), SERIES.index(max(losses))
+    if best in (None, SERIES[lowest]):
+        return SERIES[lowest - 1]
+    return SERIES[highest + 1] if best == SERIES[highest] else None
+
+
+def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> None:
+    """Every arm over its learning rates, three where they are few, then its best with the other seeds; those
+    in `single` with one."""
+    def best(name):
+        return best_of(tried(name, scale, few))
+    timed = [name for name in names if ARMS[name].steps == "time"]
+    others = [name for name in names if name not in timed]
+    first = [Run(pacemaker(name), ARMS[name].lr) for name in timed]
+    for some in others, timed:  # these wait for the speed of their twins
+        make_all(first + [Run(name, lr) for name in some for lr in lrs_of(name, scale, few)], scale)
+    for _ in range(WIDER):
+        make_all([Run(name, lr) for name in names if (lr := next_lr(tried(name, scale, few)))], scale)
+    make_all([Run(name, best(name), seed) for name in names if name not in single and best(name)
+              for seed in range(scale.seeds)], scale)
 
 
 def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> str:
     """What is still to be made: runs, FLOPs, and the time that they take at the rate of the runs that are
     there."""
-    def cost(arm):  # equal wall-clock is not known before the runs: about that of its twin
-        steps = steps_of(replace(arm, steps="same") if arm.steps == "time" else arm, scale)
-        return flops_per_token(arm, scale) * scale.tokens_per_step * steps
+    def cost(name):  # the steps of equal wall-clock are not known before the runs: about its pacemaker's
+        timed = ARMS[name].steps == "time"
+        steps = steps_of(pacemaker(name) if timed else name, scale)
+        return flops_per_token(name, scale) * scale.tokens_per_step * steps
     first = [Run(name, lr) for name in names for lr in lrs_of(name, scale, few)]
     missing = [run for run in first if not log_of(run, scale).is_file()]
-    later = sum(not log_of(Run(name, best_lr(name, scale) or 0, seed), scale).is_file()
+    later = sum(not log_of(Run(name, best_of(tried(name, scale, few)) or 0, seed), scale).is_file()
                 for name in names if name not in single for seed in range(1, scale.seeds))
     if not missing and not later:
         return "all runs are there"
-    costs = {name: cost(ARMS[name]) for name in names}
+    costs = {name: cost(name) for name in names}
     flops = sum(costs[run.arm] for run in missing) + later * statistics.mean(costs.values())
     return (f"{len(first) - len(missing)} of {len(first)} runs are there; {len(missing)} and up to {later} "
             f"with other seeds are to be made, {flops:.2e} FLOPs, {duration(flops, scale)}")

@@ -181,6 +181,7 @@ def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
     ([*GUIDED, "--method_args", "stochastic=7"], ["stochastic=7", "False|True"]),
     ([*GUIDED, "--method_args", "stochastic"], ["stochastic", "key=value"]),
     (["--method_args", "init=dense"], ["--method spectron has no init", "it has none"]),
+    ([*GUIDED, "--compile"], ["--compile does not go with --method self-guided"]),
     ([*GUIDED, "--no-renormalize"], ["--no-renormalize does not apply to --method self-guided"]),
     (["--method", "self_guided"], ["self-guided"]),
 ])

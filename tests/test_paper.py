@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ def store(tmp_path, monkeypatch):
     def write(run, loss, scale=NANO):
         log = runs.log_of(run, scale)
         log.parent.mkdir(parents=True, exist_ok=True)
-        header = {"config": {"steps": 200, "model": {"vocab_size": 320}}}
+        header = {"config": {"steps": 200, "model": {"vocab_size": 320}, "eval_tokens": 9}}
         row = {"step": 7, "diverged": loss} if isinstance(loss, str) else {
             "step": 200, "seconds": 20.0, "flops": 1e12, "val_loss": loss, "loss": loss, "lr": run.lr}
         first = {"step": 1, "seconds": 1.0, "flops": 1e10, "loss": 5.0, "val_loss": 5.0, "lr": run.lr}
@@ -82,7 +83,10 @@ def test_the_best_lr_is_that_of_seed_0_and_the_mean_is_over_the_seeds(store):
     o = experiments.outcome("spectron", NANO)
     assert o.lr == 0.1 and o.losses == [1.5, 1.6, 1.7] and o.grid[0.5] is None
     assert o.mean == pytest.approx(1.6) and o.sd == pytest.approx(0.1) and str(o) == "1.600 ± 0.100"
-    assert not runs.beyond("spectron", NANO)
+    assert not runs.next_lr(runs.tried("spectron", NANO))
+    store(Run("spectron", 0.1, 1), "gone")
+    o = experiments.outcome("spectron", NANO)
+    assert o.by_seed == {0: 1.5, 1: None, 2: 1.7} and str(o) == "1.600 ± 0.141, 1 of 3 diverged"
 
 
 def test_a_loss_above_that_of_knowing_nothing_is_a_divergence(store):
@@ -96,12 +100,18 @@ def test_a_loss_above_that_of_knowing_nothing_is_a_divergence(store):
 
 
 def test_a_grid_grows_where_its_best_is_at_the_edge(store):
-    for lr, loss in (0.05, 1.7), (0.1, 1.6), (0.2, 1.5):
+    assert runs.next_lr({0.05: 1.7, 0.1: 1.6, 0.2: 1.5}) == 0.5
+    assert runs.next_lr({0.05: 1.7, 0.1: 1.4, 0.2: 1.5}) is None
+    assert runs.next_lr({0.02: 1.4, 0.05: 1.5, 0.1: None}) == runs.next_lr({0.02: None, 0.05: None}) == 0.01
+
+
+def test_of_few_learning_rates_no_more_are_looked_at_than_of_the_other_arms(store):
+    for lr, loss in (0.02, 1.4), (0.05, 1.6), (0.1, 1.5), (0.2, 1.7), (0.5, 1.3):
         store(Run("spectron", lr), loss)
-    assert runs.beyond("spectron", NANO) == [Run("spectron", 0.5)]
-    for lr, loss in (0.02, 1.4), (0.05, 1.5), (0.1, "gone"):
-        store(Run("orthogonalize", lr), loss)
-    assert runs.beyond("orthogonalize", NANO) == [Run("orthogonalize", 0.01)]
+    assert runs.tried("spectron", NANO, few=True) == {0.05: 1.6, 0.1: 1.5, 0.2: 1.7}
+    store(Run("spectron", 0.2), 1.45)
+    assert runs.tried("spectron", NANO, few=True) == {0.05: 1.6, 0.1: 1.5, 0.2: 1.45, 0.5: 1.3}
+    assert runs.best_of(runs.tried("spectron", NANO)) == 0.5
 
 
 def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
@@ -114,41 +124,47 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
                 store(run, 1.5 + abs(math.log(run.lr / ARMS[run.arm].lr / 2.5)) + run.seed / 100)
     monkeypatch.setattr(runs, "make_all", make_all)
     store(Run("adamw", 1e-3), 1.8)
-    runs.sweep(["adamw", "rank-0.4"], NANO, few=("rank-0.4",), single=("rank-0.4",))
-    adamw, rank = (sorted(run.lr for run in made if run.arm == arm and run.seed == 0)
-                   for arm in ("adamw", "rank-0.4"))
-    assert adamw == [2e-4, 5e-4, 2e-3, 5e-3, 1e-2] and rank == [0.05, 0.1, 0.2, 0.5]  # 0.2 was at the edge
-    assert [run for run in made if run.seed] == [Run("adamw", 2e-3, 1), Run("adamw", 2e-3, 2)]
-    made.clear()
-    runs.sweep(["adamw", "rank-0.4"], NANO, few=("rank-0.4",), single=("rank-0.4",))
-    assert not made
+    for few, wanted in (False, [2e-4, 5e-4, 2e-3, 5e-3, 1e-2]), (True, []):
+        runs.sweep(["adamw"], NANO, few)
+        assert sorted(run.lr for run in made if run.seed == 0) == wanted
+        assert [run for run in made if run.seed] == ([] if few else [Run("adamw", 2e-3, k) for k in (1, 2)])
+        made.clear()
+    runs.sweep(["rank-0.4"], NANO, few=True, single=("rank-0.4",))
+    assert sorted(run.lr for run in made) == [0.05, 0.1, 0.2, 0.5]  # 0.2 was at the edge
 
 
 def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
-    dense, spectron = (runs.flops_per_token(ARMS[arm], NANO) for arm in ("dense", "spectron"))
-    assert runs.steps_of(ARMS["dense-flops"], NANO) == round(200 * spectron / dense) < 130
-    with pytest.raises(runs.UserError, match="fig12"):
-        runs.steps_of(ARMS["dense-time"], NANO)
+    dense, spectron = (runs.flops_per_token(arm, NANO) for arm in ("dense", "spectron"))
+    assert runs.steps_of("dense-flops", NANO) == round(200 * spectron / dense) < 130
+    with pytest.raises(runs.UserError, match="python -m paper.reproduce fig12"):
+        runs.steps_of("dense-time", NANO)
     store(Run("spectron", 0.1), 1.5)
     store(Run("dense", 0.02), 1.5).write_text(
         runs.log_of(Run("spectron", 0.1), NANO).read_text().replace("20.0", "38.0").replace("1.0,", "0.0,"))
     shutil.copy(runs.log_of(Run("dense", 0.02), NANO), runs.log_of(Run("dense", 0.05), NANO))
-    assert runs.steps_of(ARMS["dense-time"], NANO) == round(200 * 19 / 38)
-    assert runs.steps_of(ARMS["spectron"], runs.scale_of("S")) == 2556
-    assert runs.steps_of(ARMS["dense-flops"], runs.scale_of("S")) == 1786
+    assert runs.steps_of("dense-time", NANO) == round(200 * 19 / 38)
+    begun = store(Run("dense-time", 0.02), 1.5)  # decided with the first run, whatever the speed is later
+    begun.write_text(begun.read_text().replace('"steps": 200', '"steps": 93'))
+    assert runs.steps_of("dense-time", NANO) == 93
+    assert runs.steps_of("spectron", runs.scale_of("S")) == 2556
+    assert runs.steps_of("dense-flops", runs.scale_of("S")) == 1786
 
 
 def test_the_verdict_is_weighed_against_the_spread():
     def outcome(arm, *losses):
-        return experiments.Outcome(arm, {}, 0.1, list(losses), [])
+        return experiments.Outcome(arm, {}, 0.1, dict(enumerate(losses)), [])
     a, near, far = outcome("spectron", 1.5, 1.6), outcome("adamw", 1.54, 1.66), outcome("adamw", 2.51, 2.61)
     assert experiments.gap(a, near) == pytest.approx((0.05, 12.7 * 0.01), rel=1e-6)
     assert "cannot be told, +0.050 ± 0.127" in experiments.compared(a, near)
     assert "holds, +1.010 ± 0.000" in experiments.compared(a, far)
     assert "is the other way round, -1.010" in experiments.compared(far, a)
     alone = experiments.compared(outcome("adamw", 2.5), outcome("dense", 1.5))
-    assert "is the other way round, -1.000 (one seed)" in alone
-    assert "diverged" in experiments.compared(a, outcome("neither"))
+    assert "cannot be told, -1.000 (one seed)" in alone
+    lost = outcome("neither")
+    assert "holds, neither (SGD) diverged at every lr" in experiments.compared(a, lost)
+    assert "does not hold, Spectron and neither" in experiments.compared(outcome("spectron"), lost)
+    torn = outcome("adamw", 1.7, None, 1.9)  # seed by seed, also where one diverged
+    assert experiments.gap(outcome("spectron", 1.5, 1.6, 1.7), torn) == pytest.approx((0.2, 0), abs=1e-9)
 
 
 ########################################
@@ -187,6 +203,25 @@ def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path,
     assert log.stat().st_mtime_ns == stamp
 
 
+def test_sigterm_lets_the_runs_save_and_leaves_none_behind(tmp_path):
+    """The same command would otherwise train beside an orphan."""
+    script = ("from pathlib import Path\nfrom paper import runs\n"
+              f"runs.RESULTS, runs.OUT = Path({str(tmp_path / 'r')!r}), Path({str(tmp_path / 'out')!r})\n"
+              "scale = runs.scale_of('nano')\nruns.make_all([runs.Run('spectron', 0.1)], scale)\n")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+    out = tmp_path / "out/nano/spectron-lr0.1-seed0"
+    while process.poll() is None and not ((out / "log.jsonl").is_file()
+                                          and '"step": 1,' in (out / "log.jsonl").read_text()):
+        time.sleep(0.1)
+    with pytest.raises(runs.UserError, match="another process"), runs.alone(tmp_path / "out/nano"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert process.returncode and (out / "ckpt.pt").is_file() and not runs.is_finished(out / "log.jsonl")
+    with runs.alone(tmp_path / "out/nano"):  # nobody is left
+        pass
+
+
 def test_a_run_that_fails_is_told_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(runs, "OUT", tmp_path / "out")
@@ -199,12 +234,16 @@ def test_a_run_that_fails_is_told_with_its_command(tmp_path, monkeypatch):
 def test_above_nano_eval_scores_the_tasks_and_the_table_has_them(store, monkeypatch):
     asked, S = [], runs.scale_of("S", steps=9)
 
-    def evaluate(command, check):
+    def evaluate(command):
         asked.append(command)
         Path(command[-1]).write_text(json.dumps({f"{task}_acc_norm": 0.25 for task in reproduce.TASKS}))
+        return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(runs.subprocess, "run", evaluate)
     monkeypatch.setattr(runs, "make_all", lambda wanted, scale: [
         store(run, 3 + abs(math.log(2 * run.lr / ARMS[run.arm].lr)), scale) for run in wanted])
+    with pytest.raises(runs.UserError, match="tools.download evals"):
+        reproduce.prepare("table1", S)
+    Path("data/evals").mkdir(parents=True)
     reproduce.prepare("table1", S)
     assert len(asked) == 3 and "out/paper/S-9x1048576/spectron-lr0.05-seed0" in asked[0]
     assert "hellaswag,piqa,arc_easy" in asked[0] and reproduce.table("table1", S).count("25.00%") == 9
@@ -212,6 +251,17 @@ def test_above_nano_eval_scores_the_tasks_and_the_table_has_them(store, monkeypa
     assert len(asked) == 3 + 6
     reproduce.report("fig7", S)
     assert Path("results/fig7/S-9x1048576/figure.png").stat().st_size > 10_000
+
+
+def test_arms_that_diverge_are_drawn_and_said(store):
+    for lr in 0.5, 1.0, 2.0:
+        for name in "spectron", "orthogonalize", "renormalize":
+            store(Run(name, lr / 10), 1.5 + lr)
+        store(Run("neither", lr), "gone")
+    reproduce.report("table2", runs.scale_of("nano", lrs=3))
+    text = Path("results/table2/nano/table.md").read_text()
+    assert "neither (SGD) | " in text and "diverged at every lr" in text
+    assert Path("results/table2/nano/figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("argv, fragments", [
@@ -243,8 +293,7 @@ def in_a_copy(tmp_path, monkeypatch):
 def test_committed_tables_are_what_the_committed_logs_say(name, in_a_copy):
     for directory in (ROOT / "results" / name).iterdir():
         made = json.loads((directory / "table.json").read_text())
-        data = None if directory.name == "nano" else made["data"]
-        reproduce.report(name, runs.scale_of("nano", data))
+        reproduce.report(name, runs.scale_of(**made["scale"]))
         for file in "table.md", "table.json":
             again = Path("results") / name / directory.name / file
             assert again.read_text() == (directory / file).read_text(), f"python -m paper.reproduce {name}"
