@@ -238,6 +238,18 @@ def cut_log(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
+def open_log(argv, c, step: int, ranks: int):
+    """(directory of the run, its log): a new one, or the one that is resumed, cut after `step`."""
+    out = Path(c.out) if step else new_directory(c)
+    c.out = str(out)
+    for name in () if step else ("log.jsonl", "ckpt.pt", "loss.png"):  # of the run that is replaced
+        (out / name).unlink(missing_ok=True)
+    cut_log(out / "log.jsonl", step)
+    log = open(out / "log.jsonl", "a")
+    print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
+    return out, log
+
+
 def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int) -> None:
     """The whole state of a run, in a file that is replaced at once: a kill at any moment leaves the old one
     or the new."""
@@ -386,28 +398,13 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
             model = Llama(LlamaConfig(**c.model), method.linear)
     optimizers = method.optimizers(model, c)
     methods.assert_assigned(model, optimizers)
-    step, seconds, flops, scores, diverged = 0, 0.0, 0, {}, None
-    if checkpoint:
-        try:
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        except BROKEN as error:
-            raise UserError("the checkpoint is damaged: its optimizers do not fit "
-                            f"({type(error).__name__})") from None
-        step, seconds, flops = (checkpoint[key] for key in ("step", "seconds", "flops"))
-        checkpoint.clear()  # the memory
-    network, byte_lengths = wrapped(model, c, ranks), None
+    step, seconds, flops = restore(optimizers, checkpoint) if checkpoint else (0, 0.0, 0)
+    network, byte_lengths, scores, diverged = wrapped(model, c, ranks), None, {}, None
     spectra = Spectra(model, c.spectra_of, optimizers, val.read([0])[0][:, :FEW_ROWS - 1].to(device))
     peak = peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
 
     if rank == 0:
-        out = Path(c.out) if step else new_directory(c)
-        c.out = str(out)
-        for name in () if step else ("log.jsonl", "ckpt.pt", "loss.png"):  # of the run that is replaced
-            (out / name).unlink(missing_ok=True)
-        cut_log(out / "log.jsonl", step)
-        log = open(out / "log.jsonl", "a")
-        print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
+        out, log = open_log(argv, c, step, ranks)
         print(settings.describe(c, model, train, ranks), flush=True)
     marker = step, seconds  # the speed of the next logged step is counted from here
     while step < stop:
@@ -458,6 +455,19 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
             scores = {"diverged": diverged}
         log.close()
         report(model, tokenizer, out, c, step, seconds, scores)
+
+
+def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
+    """(step, seconds, FLOPs) of a checkpoint, which is emptied; its state goes to the optimizers."""
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except BROKEN as error:
+        raise UserError("the checkpoint is damaged: its optimizers do not fit "
+                        f"({type(error).__name__})") from None
+    done = tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
+    checkpoint.clear()  # the memory
+    return done
 
 
 def wrapped(model, c, ranks: int):
