@@ -166,8 +166,7 @@ EXPERIMENTS = {
          "dense", "dense-adamw"), draw.loss_over_lr,
         "The paper shows two learning rates, 0.001 and 0.01, of four methods at size S. A learning rate is "
         "the radius of a step for Spectron and about the size of an entry's step for AdamW, so it is the "
-        "widths of the curves that compare, not their places.", single=("self-guided-muon", "dense-adamw"),
-        ordered=False),
+        "widths of the curves that compare, not their places.", single=("dense-adamw",), ordered=False),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Each at its own best learning rate; the paper does not say which it used.", single=("dense-adamw",),
