@@ -6,7 +6,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 
 from model import SIZES, count_parameters
-from paper.runs import ARMS
+from paper.runs import ARMS, Run, log_of
 from plot import COLOURS, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
@@ -108,8 +108,9 @@ def gaps(ax, found, paper: dict) -> None:
                     color="0.3", lw=1.4, label="the paper" if row == 0 else None)
     ax.set(yticks=range(len(found)), yticklabels=[], ylim=(len(found) - 0.4, -0.9 if paper else -0.6),
            xlabel="final loss over the lowest (%), with its spread")
-    if ax.get_xlim()[1] > 20:
+    if (right := ax.get_xlim()[1]) > 20:
         ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(right=1.5 * right)
     ax.xaxis.set_major_formatter("{x:g}")
     if paper:
         ax.legend(frameon=False, fontsize=9, loc="upper right")
@@ -158,10 +159,11 @@ def loss_over_lr(found, paper: dict, scale):
     ax.axhline(top, color="0.6", lw=0.8)
     for lr in 0.001, 0.01:
         ax.axvline(lr, color="0.5", lw=1, ls="--")
-        ax.text(lr * 1.04, 0.02, f"the paper's {lr:g}", transform=ax.get_xaxis_transform(), rotation=90,
-                va="bottom", fontsize=8, color="0.35")
-    ax.text(0.995, top, f"{top:.2f} and above; crosses: diverged", transform=ax.get_yaxis_transform(),
-            ha="right", va="bottom", fontsize=8.5, color="0.3")
+        ax.text(lr, 1.0, f"the paper's {lr:g}", transform=ax.get_xaxis_transform(), ha="center", va="bottom",
+                fontsize=8, color="0.35")
+    diverged = any(loss is None for o in found for loss in o.grid.values())
+    ax.text(0.995, top, f"{top:.2f} and above; {'crosses' if diverged else 'none'} diverged",
+            transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax, 3)
@@ -212,7 +214,8 @@ def figure7(found, paper: dict, scale):
 ########################################
 
 def norm_curve(ax, o, key: str) -> None:
-    xs, ys = zip(*[(x, y) for x, y in points(o.logs[0], key) if y > 0])
+    """Without the last step, whose learning rate is nearly zero."""
+    xs, ys = zip(*[(x, y) for x, y in points(o.logs[0], key)[:-1] if y > 0])
     style = look(o.arm)
     ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
     ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
@@ -223,21 +226,33 @@ def matrix_of(o) -> str:
 
 
 def figure2(found, paper: dict, scale):
-    """Left, the norm of W's step; right, low-rank over dense, and the paper's 10 to 30."""
+    """Left, the norm of W's step; right, low-rank over dense, each at its best lr and both at the low-rank
+    one's, and the paper's 10 to 30."""
     fig, (left, right) = panels(2)
     for o in found:
         norm_curve(left, o, "dW")
     left.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$ of " + matrix_of(found[0]), yscale="log")
-    low, dense = (dict(points(o.logs[0], "dW")) for o in found)
-    steps = [step for step in low if dense.get(step)]
-    right.plot(steps, [low[step] / dense[step] for step in steps], color=GREEN, lw=1.6)
+    low, dense = found
+    for log, label, line in ((dense.logs[0], "ratio, each at its best learning rate", "-"),
+                             (log_of(Run(dense.arm, low.lr), scale), f"ratio, both at {low.lr:g}", ":")):
+        if log.is_file():
+            right.plot(*zip(*ratios(low.logs[0], log, "dW")[:-1]), color=BLUE, ls=line, lw=1.6, label=label)
     for ratio in 10, 30:
         right.axhline(ratio, color="0.3", ls="--", lw=1.2)
         right.text(0.99, ratio, f"the paper's {ratio}x", transform=right.get_yaxis_transform(), ha="right",
                    va="bottom", fontsize=9, color="0.3")
     right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, low-rank over dense", yscale="log")
-    legend_below(fig, left)
+    right.set_yticks([0.5, 1, 2, 5, 10, 30], labels=["0.5", "1", "2", "5", "10", "30"])
+    right.yaxis.set_minor_formatter("")
+    both = [a + b for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
+    fig.legend(*both, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
+
+
+def ratios(log, other, key: str) -> list[tuple]:
+    """(step, what one log has over what the other has)."""
+    there = dict(points(other, key))
+    return [(step, value / there[step]) for step, value in points(log, key) if there.get(step)]
 
 
 def figure3(found, paper: dict, scale):
@@ -247,9 +262,9 @@ def figure3(found, paper: dict, scale):
     for ax, (key, label) in zip(axes, labels.items()):
         for o in found:
             norm_curve(ax, o, key)
-        ax.set(xlabel="step", ylabel=label, yscale="log")
+        ax.set(xlabel="step", ylabel=label, yscale="linear" if key == "W" else "log")
     axes[0].set_title(matrix_of(found[0]), fontsize=9)
-    axes[0].plot(*zip(*points(found[0].logs[0], "lr")), color=BLUE, lw=1.2, ls="--",
+    axes[0].plot(*zip(*points(found[0].logs[0], "lr")[:-1]), color=BLUE, lw=1.2, ls="--",
                  label="Spectron's learning rate, its bound")
     legend_below(fig, axes[0], 4)
     return fig
