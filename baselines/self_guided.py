@@ -7,10 +7,10 @@ the steps. Then W goes, with its optimizer, and what is left is a plain low-rank
     python train.py --method self-guided --method_args optimizer=muon init=dense stochastic=true
 
 FLOPs are counted as they are executed. W is there for half of the steps, so a run costs 50% of the dense
-matrices' FLOPs beside the factors', and 25% stochastic, where W is used with probability alpha, 1/2 on average.
-Of the factors' own, at a rank ratio of 0.25, that is 93% and 46% at nano (96% and 48% at S), and of all FLOPs at
-S, with the head for 32,000 tokens and attention, 48% and 24%. The paper's "25% relative to using solely the
-factorized parameterization" can be the stochastic variant in the first sense or in the last.
+matrices' FLOPs beside the factors', and 25% stochastic, where W is used with probability alpha, 1/2 on
+average. Of the factors' own, at a rank ratio of 0.25, that is 93% and 46% at nano (96% and 48% at S), and of
+all FLOPs at S, with the head for 32,000 tokens and attention, 48% and 24%. The paper's "25% relative to using
+solely the factorized parameterization" can be the stochastic variant in the first sense or in the last.
 """
 
 import math
