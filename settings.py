@@ -318,7 +318,7 @@ def describe(c, model, train, ranks: int) -> str:
     if c.method == "spectron":
         best = NANO_CORNERS[c.orthogonalize, c.renormalize]
         lines.append(f"lr: {c.lr:g}; the best measured at nano for orthogonalize {c.orthogonalize}, "
-                     f"renormalize {c.renormalize} is {best:g} (README, the four corners)")
+                     f"renormalize {c.renormalize} is {best:g} (README, Table 2)")
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
                      for line in lines)
 
