@@ -29,10 +29,10 @@ TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws",
                      [row["size"] for row in PAPER["table5_sizes"]])}
-IMDB = "data/imdb-bytes"
-README = [("fig12", None), ("table2", None), ("table2", IMDB), ("table1", None), ("table3", None),
-          ("fig13", None), ("fig2", None), ("fig3", None), ("fig5", None), ("fig6", None)]
-DRAWN = "fig12", "fig2", "fig3"  # by the picture, where the others are by their table
+IMDB = {"data": "data/imdb-bytes", "lrs": 3}
+README = [("fig12", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}), ("fig13", {}),
+          ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and what makes their scale, at nano
+DRAWN = "fig2", "fig3"  # by the picture, where the others are by their table
 
 
 ########################################
@@ -151,11 +151,11 @@ def write_counts(name: str) -> None:
 def readme_section() -> str:
     """What README.md says of the experiments, from results/ alone."""
     parts = []
-    for name, data in README:
-        e, scale = EXPERIMENTS[name], runs.scale_of("nano", data)
+    for name, given in README:
+        e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)
         where, drawn = f"results/{name}/{scale.name}", name in DRAWN
         made_by = f"`{runs.reproduce(name, scale)}`"
-        parts += [f"### {e.title}" + f", on {Path(data).name}" * bool(data),
+        parts += [f"### {e.title}" + (f", on {given['data']}" if given else ""),
                   f"![{e.title}]({where}/figure.png)" if drawn else table(name, scale).strip(),
                   wrapped(f"{sentence(name, scale)} {made_by}; [table]({where}/table.md), "
                           f"[figure]({where}/figure.png).")]
