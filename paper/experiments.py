@@ -234,9 +234,9 @@ def says_fig12(found: list[Outcome], scale: Scale) -> str:
     muon, others = by_arm["self-guided-muon"], (by_arm["self-guided"], by_arm["spectron"])
     guided = " and ".join(f"{said(*gap(o, muon))} from {o.label}'s" for o in others)
     return (f"Learning rates that end within 5% of an arm's best loss span {', '.join(widths)}. Diverged: "
-            f"{'; '.join(lost) or 'none'}. The paper: AdamW is lost at 0.01, and self-guided training ends worse "
-            f"with Muon than with AdamW. Here its loss with Muon is {guided}, for more FLOPs: {flops(muon):.3g} "
-            f"against Spectron's {flops(by_arm['spectron']):.3g}.")
+            f"{'; '.join(lost) or 'none'}. The paper: AdamW is lost at 0.01, and self-guided training ends "
+            f"worse with Muon than with AdamW. Here its loss with Muon is {guided}, for more FLOPs: "
+            f"{flops(muon):.3g} against Spectron's {flops(by_arm['spectron']):.3g}.")
 
 
 def flops(o: Outcome) -> float:
