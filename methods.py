@@ -80,7 +80,7 @@ METHODS = {
     "spectron": Method(spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
     "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
     "dense": Method(muon_optimizers, 0.02, 0.05, MUON_FLAGS, dense=True),
-    "dense-adamw": Method(adamw_optimizers, 6e-4, 1e-3, dense=True),
+    "dense-adamw": Method(adamw_optimizers, 6e-4, 5e-4, dense=True),
 }
 
 
