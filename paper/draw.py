@@ -1,6 +1,7 @@
 """The figures of paper.reproduce: each takes outcomes, the paper's perplexities, and the scale."""
 
 import math
+import textwrap
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -49,7 +50,7 @@ def legend_below(fig, ax, columns: int = 3) -> None:
 
 
 def save(fig, path, title: str) -> None:
-    fig.suptitle(title, fontsize=9.5, color="0.25")
+    fig.suptitle(textwrap.fill(title, int(10 * fig.get_figwidth())), fontsize=9.5, color="0.25")
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
