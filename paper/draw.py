@@ -50,7 +50,7 @@ def legend_below(fig, ax, columns: int = 3) -> None:
 
 
 def save(fig, path, title: str) -> None:
-    fig.suptitle(textwrap.fill(title, int(10 * fig.get_figwidth())), fontsize=9.5, color="0.25")
+    fig.suptitle(textwrap.fill(title, int(11 * fig.get_figwidth())), fontsize=9.5, color="0.25")
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -177,16 +177,16 @@ def parameters(arm: str, scale) -> int:
 
 
 def figure6(found, paper: dict, scale):
-    """Perplexity over parameters, low-rank and dense, of equal training FLOPs for each pair."""
+    """Perplexity of seed 0 over parameters, low-rank and dense, of equal training FLOPs for each pair."""
     fig, (ax,) = panels(1, 6.5, 4.2)
     half = len(found) // 2
     for arms, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
         style = look(arms[0].arm.split("@")[0].replace("dense-flops", "dense"))
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in arms], [math.exp(o.mean) for o in arms],
+        ax.plot([parameters(o.arm, scale) / 1e6 for o in arms], [math.exp(o.by_seed[0]) for o in arms],
                 label=label, ms=6, lw=1.6, **style)
     for low, dense in zip(found[:half], found[half:]):
         ax.plot([parameters(o.arm, scale) / 1e6 for o in (low, dense)],
-                [math.exp(o.mean) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
+                [math.exp(o.by_seed[0]) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
     ax.xaxis.set_major_formatter("{x:g}")
