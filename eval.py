@@ -56,9 +56,9 @@ def load_model(checkpoint: dict, device) -> Llama:
     """The model of a checkpoint, with the checkpoint's tensors as its own. UserError where its weights do not
     fit its config."""
     config, weights = checkpoint["config"], checkpoint["model"]
-    guided = any(name.endswith(".W") for name in weights)  # a method's own layers, as long as it needs them
-    linear = methods.find(config["method"], config["method_args"]).linear if guided else FactorizedLinear
     try:
+        guided = any(name.endswith(".W") for name in weights)  # a method's own layers, while it needs them
+        linear = methods.find(config["method"], config["method_args"]).linear if guided else FactorizedLinear
         with torch.device("meta"):  # weights that are loaded need not be drawn
             model = Llama(LlamaConfig(**config["model"]), linear)
         model.load_state_dict(weights, assign=True)

@@ -20,7 +20,8 @@ import sample
 import settings
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, split_parameters
+from spectron import Spectron
 
 KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "dy", "sigma_A",
         "sigma_B", "rho", "gauge"}
@@ -112,12 +113,12 @@ def test_the_schedule_warms_up_over_5_percent_falls_as_a_cosine_and_never_is_zer
 
 def test_every_parameter_has_one_optimizer():
     model = Llama(LlamaConfig(16, 1, 2, vocab_size=20, seq_len=8))
-    pairs, dense, others = train.split_parameters(model)
-    good = [train.Spectron(pairs, 0.1), torch.optim.AdamW(others)]
-    train.assert_assigned(model, good)
+    pairs, dense, others = split_parameters(model)
+    good = [Spectron(pairs, 0.1), torch.optim.AdamW(others)]
+    methods.assert_assigned(model, good)
     for bad in (good[:1], good + [torch.optim.AdamW(others[:1])]):
         with pytest.raises(AssertionError, match="one optimizer"):
-            train.assert_assigned(model, bad)
+            methods.assert_assigned(model, bad)
 
 
 def test_gradients_are_clipped_to_norm_one_before_the_step(run, monkeypatch):
@@ -205,10 +206,10 @@ def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
 
 def test_ranks_stay_bit_identical(corpus, tmp_path):
     code = f"""
-import os, sys, torch, train
+import os, sys, torch, methods, train
 kept = []
-assigned = train.assert_assigned
-train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
+assigned = methods.assert_assigned
+methods.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
 train.main({[*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "6",
              "--batch_size", "2"]!r})
 torch.save(kept[0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"] + ".pt")
