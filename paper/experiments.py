@@ -15,6 +15,7 @@ from plot import read_log
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
 STANDS_FOR = {"nano": "S"}  # the size of the paper's that is beside nano
+ABLATED = "S", ALIASES["S"]  # Tables 2 and 3 are of this size alone
 
 
 ########################################
@@ -123,6 +124,8 @@ def paper_table1(size: str) -> dict:
 
 
 def paper_table2(size: str) -> dict:
+    if size not in ABLATED:
+        return {}
     names = {(True, True): "spectron", (True, False): "orthogonalize", (False, True): "renormalize",
              (False, False): "neither"}
     return {names[row["orthogonalize"], row["renormalize"]]: row["perplexity"]
@@ -130,6 +133,8 @@ def paper_table2(size: str) -> dict:
 
 
 def paper_table3(size: str) -> dict:
+    if size not in ABLATED:
+        return {}
     names = {0.25: "spectron", 0.4: "rank-0.4", 0.125: "rank-0.125"}
     return {names[row["rank_ratio"]]: row["perplexity"] for row in PAPER["table3_rank_ratio_S"]}
 
@@ -171,8 +176,7 @@ EXPERIMENTS = {
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "The paper draws layer 4 and does not say which learning rates it used; here it is the third of four "
-        "blocks.", single=("dense-adamw",),
-        ordered=False),
+        "blocks.", single=("dense-adamw",), ordered=False),
     "fig3": Experiment(
         "Figure 3: the norms of one matrix", ("spectron", "orthogonalize", "adamw"), draw.figure3,
         "Each at its own best learning rate. The paper draws 8,000 steps at size S, three times what it "
@@ -202,6 +206,8 @@ EXPERIMENTS = {
         "Figure 7: downstream accuracy over parameters", (), draw.figure7,
         "The same models as Figure 6's.", few=True, single=None, tasks=True, ordered=False),
 }
+
+
 def arms_of(name: str, scale: Scale) -> tuple:
     return EXPERIMENTS[name].arms or ladder(scale)
 
