@@ -1,5 +1,5 @@
-"""Scores of a run: perplexity and bits per byte on the validation shards, and accuracies on HellaSwag, PIQA
-and ARC-Easy that are those of lm-evaluation-harness 0.4 (zero-shot).
+"""Scores of a run: perplexity and bits per byte on its validation shards; zero-shot accuracy on HellaSwag, PIQA
+and ARC-Easy, equal to that of lm-evaluation-harness 0.4 (tests/compare_lm_eval.py runs both).
 
     python eval.py out/run
     python eval.py out/run --tasks perplexity,hellaswag,piqa,arc_easy --json scores.json --items items.jsonl
@@ -7,30 +7,83 @@ and ARC-Easy that are those of lm-evaluation-harness 0.4 (zero-shot).
 """
 
 import argparse
+import importlib
 import json
 import math
+import os
 import pickle
+import re
+import statistics
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-import cli
-import methods
-from cli import UserError
-from data import Split, get_tokenizer, open_data, padded_vocabulary, token_bytes
-from kernels import cross_entropy
-from model import FactorizedLinear, Llama, LlamaConfig
-from settings import choose_device, join_ranks, my_rank, precision, sum_over_ranks
-from tasks import TASKS, evaluate, trees
+from data import (Parser, Progress, Split, UserError, command, encode, get_tokenizer, open_split,
+                  padded_vocabulary, positive, rank_and_ranks, token_bytes)
+from model import Llama, LlamaConfig
+
+BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
+BATCH_TOKENS = {"cpu": 2**11, "mps": 2**12, "cuda": 2**14}  # of the tasks, in one forward pass
+FETCH = "Fetch the files again: python -m tools.download evals; or name a directory of yours: --eval_dir DIR"
+
+
+########################################
+#          Devices and ranks           #
+########################################
+
+def choose_device(device: str | None = None) -> str:
+    """The device asked for, or the first that is there. UserError if there is none of that kind."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [name for name in there if there[name]]
+    if device and device not in found:
+        raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
+                        + " or ".join(found))
+    return device or found[0]
+
+
+def join_ranks(device: str) -> torch.device:
+    """This rank's device. Under torchrun it returns after the ranks have found each other."""
+    where = torch.device(device)
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        if where.index >= torch.cuda.device_count():
+            raise UserError(f"torchrun starts more ranks than there are GPUs: --nproc_per_node="
+                            f"{torch.cuda.device_count()} at most, or --device cpu")
+        torch.cuda.set_device(where)
+    if rank_and_ranks()[1] > 1:
+        # If DDP or an optimizer imported it later, it would hold the group in default arguments. Gloo's
+        # threads would then outlive destroy_process_group, and now and then abort the interpreter's exit.
+        importlib.import_module("torch._dynamo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return where
+
+
+def my_rank() -> tuple[int, int]:
+    """(rank, ranks) of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, on the CPU. NCCL wants it on the GPU meanwhile."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def precision(device, dtype: str):
+    """Autocast to bfloat16 over fp32 weights, or nothing where dtype is float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 ########################################
 #         What a run has left          #
 ########################################
-
-BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
-
 
 def load_checkpoint(path) -> dict:
     """What train.py saved in out/run/ckpt.pt, on the CPU. UserError where there is none, or it is damaged."""
@@ -42,8 +95,8 @@ def load_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = ({"model", "optimizers", "step", "seconds", "flops"} - checkpoint.keys()
-                   | {"model", "method", "method_args", "tokenizer", "data",
-                      "seq_len"} - checkpoint["config"].keys())
+                   | {"model", "method", "method_args", "tokenizer", "data", "seq_len", "dtype"}
+                   - checkpoint["config"].keys())
         if missing:
             raise KeyError(missing)
     except BROKEN as error:
@@ -57,20 +110,20 @@ def load_model(checkpoint: dict, device) -> Llama:
     fit its config."""
     config, weights = checkpoint["config"], checkpoint["model"]
     try:
-        guided = any(name.endswith(".W") for name in weights)  # a method's own layers, while it needs them
-        linear = methods.find(config["method"], config["method_args"]).linear if guided else FactorizedLinear
         with torch.device("meta"):  # weights that are loaded need not be drawn
-            model = Llama(LlamaConfig(**config["model"]), linear)
+            model = Llama(LlamaConfig(**config["model"]))
+            if weights.keys() != model.state_dict().keys():  # the method has layers of its own
+                method = baseline(config["method"], config["method_args"])
+                model = Llama(LlamaConfig(**config["model"]), method.linear)
         model.load_state_dict(weights, assign=True)
-    except BROKEN as error:
-        raise UserError("the checkpoint is damaged: its weights do not fit its config "
-                        f"({type(error).__name__})") from None
+    except (*BROKEN, UserError) as error:
+        raise UserError("the checkpoint is damaged, or made by a method that is not here: its weights do not fit "
+                        f"its config ({type(error).__name__}: {str(error)[:200]})") from None
     return model.to(device)
 
 
 def load_run(path, device="cpu"):
-    """(model, tokenizer, config) of a finished or stopped run, the model in evaluation mode. UserError if
-    there is none."""
+    """(model, tokenizer, config) of a finished or stopped run, the model in evaluation mode."""
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     model, tokenizer = load_model(checkpoint, device).eval(), get_tokenizer(config["tokenizer"])
@@ -82,6 +135,17 @@ def load_run(path, device="cpu"):
     return model, tokenizer, config
 
 
+def baseline(name: str, args: dict):
+    """The Method that the function method() of baselines/NAME.py makes from these arguments."""
+    module = f"baselines.{name.replace('-', '_')}"
+    try:
+        return importlib.import_module(module).method(**args)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
+                        f"{module.replace('.', '/')}.py with a function method(), whose arguments are those of "
+                        "--method_args") from None
+
+
 ########################################
 #              Perplexity              #
 ########################################
@@ -91,10 +155,10 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
              progress=None) -> dict:
     """Mean loss over the first eval_tokens tokens of the validation shards, and what follows from it.
 
-    The windows are shared out among the ranks, and the sums over them reduced, so that neither the batch size
-    nor the number of ranks matters; the padding of the vocabulary is left out of the softmax. byte_lengths
-    (n_vocab,) from data.token_bytes gives bits_per_byte; None leaves it out. Returns val_loss in nats per
-    token, perplexity, bits_per_byte, val_tokens; None where not finite or not known.
+    The windows are shared out among the ranks and the sums reduced, so neither the batch size nor the number
+    of ranks matters. The softmax leaves out the padding of the vocabulary. byte_lengths (n_vocab,) from
+    data.token_bytes gives bits_per_byte. Returns val_loss in nats per token, perplexity, bits_per_byte and
+    val_tokens; None where not finite or not known.
     """
     device, (rank, ranks) = next(model.parameters()).device, my_rank()
     windows = max(1, min(split.windows, eval_tokens // split.seq_len))
@@ -105,9 +169,8 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
         if byte_lengths is not None:
             size += int(byte_lengths[y.numpy()].sum())
         with precision(device, dtype):
-            logits = model(x.to(device))
-        logits[..., split.vocab_size:] = -math.inf
-        nats += cross_entropy(logits.flatten(0, 1), y.to(device).flatten()).item() * y.numel()
+            logits = model(x.to(device))[..., :split.vocab_size]
+        nats += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten().to(device), reduction="sum").item()
         if progress:
             progress(min(windows, ranks * (start + batch_size)) * split.seq_len, windows * split.seq_len)
     nats, size = sum_over_ranks(torch.tensor([nats, size], dtype=torch.float64)).tolist()
@@ -117,6 +180,179 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
     return {"val_loss": loss if known else None,
             "perplexity": math.exp(loss) if known and loss < 700 else None,
             "bits_per_byte": nats / math.log(2) / size if known and size else None, "val_tokens": tokens}
+
+
+########################################
+#      HellaSwag, PIQA, ARC-Easy       #
+########################################
+
+@dataclass(frozen=True)
+class Item:
+    """A question. Its answer is the choice that is likeliest after the context, behind a space."""
+    where: str  # file and line
+    context: str
+    choices: list[str]
+    gold: int
+
+    def __post_init__(self):
+        if len(self.choices) < 2 or not all(isinstance(text, str) for text in (self.context, *self.choices)):
+            raise ValueError("expected a text and a list of texts to choose from")
+        if not (isinstance(self.gold, int) and 0 <= self.gold < len(self.choices)):
+            raise ValueError(f"its label is {self.gold!r} and it has {len(self.choices)} choices")
+
+
+def hellaswag(doc):
+    """(context, choices, gold): how does this go on, "activity: what happened, and who"."""
+    def clean(text):  # the WikiHow half of HellaSwag carries the marks [title], [header], [step]
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = doc["activity_label"] + ": " + doc["ctx_a"] + " " + doc["ctx_b"].capitalize()
+    endings = [clean(text) for text in doc["endings"]] if isinstance(doc["endings"], list) else []
+    label = int(doc["label"]) if isinstance(doc["label"], str) else doc["label"]  # the hub has it as text
+    return clean(context), endings, label
+
+
+def piqa(doc):
+    """How is this goal reached, two solutions. The label stands in a file of its own."""
+    return "Question: " + doc["goal"] + "\nAnswer:", [doc["sol1"], doc["sol2"]], doc["label"]
+
+
+def arc_easy(doc):
+    """Questions of school science, three to five choices."""
+    choices = doc["question"]["choices"]
+    gold = [choice["label"] for choice in choices].index(doc["answerKey"])
+    return "Question: " + doc["question"]["stem"] + "\nAnswer:", [choice["text"] for choice in choices], gold
+
+
+TASKS = {"hellaswag": (hellaswag, "hellaswag_val.jsonl"), "piqa": (piqa, "valid.jsonl"),
+         "arc_easy": (arc_easy, "ARC-Easy-Test.jsonl")}
+PIQA_LABELS = "valid-labels.lst"
+
+
+def read_task(task: str, directory: Path) -> list[Item]:
+    """The items of a task's official file. UserError, with the line, where one is not what it should be."""
+    make, name = TASKS[task]
+    path, items = find_file(task, directory, name), []
+    labels = read_text(find_file(task, directory, PIQA_LABELS)).split() if task == "piqa" else None
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            doc = json.loads(line)
+            if labels is not None:
+                doc["label"] = int(labels[len(items)])
+            items.append(Item(f"{path.name}, line {number}", *make(doc)))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not an item with its label ({type(error).__name__}: "
+                            f"{error}), found {line.strip()[:60]!r}. Is a file cut short? {FETCH}") from None
+    if not items or (labels and len(labels) != len(items)):
+        raise UserError(f"{path} has {len(items):,} items" + f" and {len(labels or []):,} labels" * bool(labels)
+                        + f": it is not whole. {FETCH}")
+    return items
+
+
+def find_file(task: str, directory: Path, name: str) -> Path:
+    for path in directory / name, directory / f"{task}_{name}":
+        if path.is_file():
+            return path
+    part = f"only {name}.part, half of a download," if (directory / f"{name}.part").exists() else f"no {name}"
+    raise UserError(f"{task}: there is {part} in {directory}. {FETCH}")
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}. {FETCH}") from None
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of both, split as the harness splits them: spaces at the end of the context belong to the
+    continuation, which is what is left of the tokens of the whole; end-of-text stands for no context."""
+    stripped = context.rstrip()
+    continuation = context[len(stripped):] + continuation
+    if not stripped:
+        return [tokenizer.eot_token], encode(tokenizer, continuation).tolist()
+    tokens = encode(tokenizer, stripped).tolist()
+    return tokens, encode(tokenizer, stripped + continuation).tolist()[len(tokens):]
+
+
+def rows_of(items: list[Item], tokenizer, seq_len: int) -> list[tuple[list[int], int]]:
+    """A row for each choice of each item: (tokens of context and ending, how many of them are the ending's).
+    A context that is too long loses its beginning. UserError for an ending longer than the model reads."""
+    rows = []
+    for item in items:
+        for text in item.choices:
+            context, ending = encode_pair(tokenizer, item.context, f" {text}")
+            if not 0 < len(ending) <= seq_len:
+                raise UserError(f"{item.where}: a choice of {len(ending):,} tokens, and this model reads 1 "
+                                f"to {seq_len:,}: {text[:60]!r}. Train with a longer --seq_len, or leave the "
+                                "item out with --limit")
+            rows.append(((context + ending)[-seq_len - 1:], len(ending)))
+    return rows
+
+
+def batches_of(rows, budget: int) -> list[list[int]]:
+    """Indices of the rows, the longest first, as many to a batch as pad to `budget` tokens, or one."""
+    batches = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
+        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]][0]) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def log_probabilities(model, items, tokenizer, dtype: str, progress=None) -> list[list[float]]:
+    """The log-probability of each choice of each item. The ranks take the batches in turn."""
+    device, (rank, ranks) = next(model.parameters()).device, my_rank()
+    rows = rows_of(items, tokenizer, model.config.seq_len)
+    mine = batches_of(rows, BATCH_TOKENS[device.type])[rank::ranks]
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    for done, batch in enumerate(mine, 1):
+        T = max(len(rows[i][0]) for i in batch)
+        tokens = torch.zeros(len(batch), T, dtype=torch.int64)
+        mask = torch.zeros(len(batch), T, dtype=torch.bool)
+        for row, i in enumerate(batch):  # padding stands on the right, where causal attention never looks
+            text, ending = rows[i]
+            tokens[row, :len(text)] = torch.tensor(text)
+            mask[row, len(text) - ending:len(text)] = True
+        x, y, mask = tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
+        with precision(device, dtype):
+            logits = model.head(model.hidden(x)[mask])[:, :tokenizer.n_vocab]  # of the endings alone
+        nats = F.cross_entropy(logits.float(), y[mask], reduction="none").cpu().double()
+        owners = torch.tensor(batch).repeat_interleave(mask.sum(1).cpu())
+        sums.index_add_(0, owners, -nats)
+        if progress:
+            progress(done * len(items) // len(mine), len(items))
+    values = iter(sum_over_ranks(sums).tolist())
+    return [[next(values) for _ in item.choices] for item in items]
+
+
+def answers(item: Item, sums: list[float]) -> tuple[int, int]:
+    """The choice of the largest log-probability (acc), and of the largest per character (acc_norm)."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a choice that is nothing but marks is empty
+        return int(np.argmax(sums)), int(np.argmax(np.array(sums) / [len(text) for text in item.choices]))
+
+
+def evaluate(model, task: str, items: list[Item], tokenizer, dtype: str, progress=None):
+    """(scores, a record for each item): both accuracies, with the standard errors of their means."""
+    started = time.perf_counter()
+    sums = log_probabilities(model, items, tokenizer, dtype, progress)
+    speed = len(items) / (time.perf_counter() - started)
+    records, scores = [], {}
+    for number, (item, values) in enumerate(zip(items, sums)):
+        acc, acc_norm = answers(item, values)
+        records.append({"task": task, "item": number, "where": item.where, "gold": item.gold, "answer": acc,
+                        "answer_norm": acc_norm,
+                        "log_probabilities": [value if math.isfinite(value) else None for value in values]})
+    for name, key in ("acc", "answer"), ("acc_norm", "answer_norm"):
+        right = [float(record[key] == record["gold"]) for record in records]
+        scores[f"{task}_{name}"] = statistics.fmean(right)
+        scores[f"{task}_{name}_stderr"] = (statistics.stdev(right) / len(right)**0.5 if len(right) > 1
+                                           else None)
+    return {**scores, f"{task}_items": len(items), f"{task}_items_per_second": round(speed, 2)}, records
 
 
 ########################################
@@ -131,61 +367,52 @@ def task_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def open_val(directory: str, config: dict) -> Split:
-    """The validation shards of a directory. UserError where another tokenizer made them than the run's."""
-    _, val, made_with = open_data(directory, config["seq_len"])
-    if made_with != config["tokenizer"]:
-        raise UserError(f"{directory} was made with tokenizer {made_with!r} and the run was trained with "
-                        f"{config['tokenizer']!r}. Make the data again: python data.py text FILE... "
-                        f"--tokenizer {config['tokenizer']} --out DIR")
-    return val
-
-
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="directory of a run, e.g. out/nano-spectron-00, or its ckpt.pt")
     parser.add_argument("--tasks", type=task_names, default=["perplexity"],
                         help=f"perplexity,{','.join(TASKS)}, or some of them (perplexity)")
-    parser.add_argument("--limit", type=cli.positive, help="only the first items of each task")
+    parser.add_argument("--limit", type=positive, help="only the first items of each task")
     parser.add_argument("--eval_dir", type=Path, default=Path("data/evals"),
                         help="directory of the tasks' official files (data/evals)")
     parser.add_argument("--data", help="directory of shards (the one it was trained on)")
-    parser.add_argument("--eval_tokens", type=cli.positive, default=100_000_000,
+    parser.add_argument("--eval_tokens", type=positive, default=100_000_000,
                         help="validation tokens at most (100,000,000)")
-    parser.add_argument("--batch_size", type=cli.positive, default=8,
+    parser.add_argument("--batch_size", type=positive, default=8,
                         help="sequences of the perplexity at a time: memory only (8)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="(the run's)")
     parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument("--items", type=Path, help="also write a JSON line for each item to this file")
     args = parser.parse_args(argv)
+    # Whatever can be refused is refused before the first task begins.
     for path in (args.json, args.items):
         if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{path} can not be written: " + ("it is a directory" if path.is_dir() else
-                                                              f"there is no directory {path.parent}"))
-    items = {name: TASKS[name](args.eval_dir)[:args.limit] for name in args.tasks if name in TASKS}
+            raise UserError(f"{path} cannot be written: " + ("it is a directory" if path.is_dir() else
+                                                             f"there is no directory {path.parent}"))
+    items = {name: read_task(name, args.eval_dir)[:args.limit] for name in args.tasks if name in TASKS}
     device = join_ranks(choose_device(args.device))
     model, tokenizer, config = load_run(args.run, device)
-    dtype, scores, records = args.dtype or config["dtype"], {}, []
-    # what can be refused is refused before the first task begins (evaluate makes the rows on its clock)
-    val = open_val(args.data or config["data"], config) if "perplexity" in args.tasks else None
+    if "perplexity" in args.tasks:
+        val = open_split(args.data or config["data"], "val", config["seq_len"], config["tokenizer"])
     for some in items.values():
-        trees(some, tokenizer, model.config.seq_len)
+        rows_of(some, tokenizer, model.config.seq_len)
+
+    dtype, scores, records = args.dtype or config["dtype"], {}, []
     for name in args.tasks:
         if name == "perplexity":
             scores |= validate(model, val, args.eval_tokens, args.batch_size, dtype, token_bytes(tokenizer),
-                               cli.Progress(name, "tokens"))
+                               Progress("perplexity", "tokens"))
         else:
-            found, answered = evaluate(model, name, items[name], tokenizer, dtype,
-                                       cli.Progress(name, "items"))
+            found, answered = evaluate(model, name, items[name], tokenizer, dtype, Progress(name, "items"))
             scores, records = scores | found, records + answered
     if my_rank()[0] == 0:
         print("\n".join(f"{key}: {value}" for key, value in scores.items()))
         if args.json:
-            args.json.write_text(json.dumps(scores, indent=1) + "\n")
+            args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         if args.items:
-            args.items.write_text("".join(json.dumps(record) + "\n" for record in records))
+            args.items.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,12 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import LowRankSwiGLU, RMSNorm, Rotate, causal_attention, cross_entropy
-
-
-FEW_ROWS = 64  # below which the factors of q, k and v are not put side by side
-SAVE_MEMORY_FROM = 2**22  # elements of an FFN's activation on a CPU, from which it is made twice and not kept
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -43,9 +37,8 @@ SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_he
 NANO_SIZES = {name: LlamaConfig(dim, n_layers, n_heads, vocab_size=320, seq_len=256)
               for name, dim, n_layers, n_heads in [("nano-0.6M", 128, 2, 2), ("nano-1.5M", 192, 3, 3),
                                                    ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6)]}
-SIZES.update(NANO_SIZES)
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
-SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
+SIZES |= NANO_SIZES | {alias: SIZES[name] for alias, name in ALIASES.items()}
 
 
 ########################################
@@ -53,61 +46,29 @@ SIZES.update({alias: SIZES[name] for alias, name in ALIASES.items()})
 ########################################
 
 def rank_of(rank_ratio: float, in_features: int, out_features: int) -> int:
-    """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError for a ratio outside
-    (0, 1]."""
+    """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError outside (0, 1]."""
     if not 0 < rank_ratio <= 1:
         raise ValueError(f"rank_ratio is {rank_ratio}, and has to be in (0, 1]")
     return max(1, min(int(rank_ratio * in_features), in_features, out_features))
 
 
 def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (m, r), B (n, r) with A @ B.T the best rank-r approximation of W (m, n), and
-    ||A_i|| = ||B_i|| = sqrt(S_i).
+    """A (m, r), B (n, r): the truncated SVD of W (m, n), A = U_r sqrt(S_r) and B = V_r sqrt(S_r).
 
-    The truncated SVD of Khodak et al. 2021, from the eigenvectors of the smaller Gram matrix: several times
-    faster than LAPACK's full SVD, and as close to W in norm.
+    It comes from the eigenvectors of the smaller Gram matrix, which takes a fraction of LAPACK's SVD.
     """
     if W.size(0) > W.size(1):
-        B, A = spectral_factors(W.T, rank)
-        return A, B
+        return spectral_factors(W.T, rank)[::-1]
     U = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)  # (m, r); eigh sorts upwards
-    U = U * torch.where(U.sum(0) < 0, -1, 1)  # of the two signs always the same
+    U = U * torch.where(U.sum(0) < 0, -1, 1)  # an eigenvector has two signs: always take the same one
     V = W.T @ U  # (n, r) = V_r S_r
     root = torch.linalg.vector_norm(V, dim=0).clamp_min(torch.finfo(W.dtype).tiny).sqrt()
     return U * root, V / root
 
 
-def spectral_draw(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The spectral_factors of a random weight, drawn without it: A (m, r), B (n, r), on the CPU.
-
-    The singular vectors of a matrix of independent entries of variance 1 / (3 n), as nn.Linear's, point
-    anywhere, and where it is large its singular values follow the law of Marchenko and Pastur (1967).
-    Hundreds of decompositions of full matrices, which took minutes at size L, become QRs of tall ones.
-    """
-    small, large = sorted((in_features, out_features))
-    low, high = ((1 + sign * (small / large) ** 0.5) ** 2 for sign in (-1, 1))
-    x = torch.linspace(high, low, 100_000, dtype=torch.float64, device="cpu")[1:-1]  # eigenvalues, downwards
-    share = (((x - low) * (high - x)).sqrt() / x).cumsum(0)
-    middle = (torch.arange(rank, dtype=torch.float64, device="cpu") + 0.5) / small
-    S = (x[torch.searchsorted(share / share[-1], middle)] * large / (3 * in_features)).sqrt().float()
-    return tuple(_orthonormal(rows, rank) * S.sqrt() for rows in (out_features, in_features))
-
-
-def _orthonormal(rows: int, columns: int) -> Tensor:
-    """Columns in no direction more than another: Q of a Gaussian matrix, of the two signs always the same."""
-    Q, R = torch.linalg.qr(torch.randn(rows, columns, device="cpu"))
-    return Q * R.diagonal().sign()
-
-
-def uniform_weight(in_features: int, out_features: int) -> Tensor:
-    """U(-1/sqrt(n), 1/sqrt(n)) of shape (m, n), as nn.Linear; on the CPU, so that a seed means the same
-    everywhere."""
-    return torch.empty(out_features, in_features, device="cpu").uniform_(-1, 1) / in_features**0.5
-
-
 class FactorizedLinear(nn.Module):
-    """y = x @ (A @ B.T).T + bias as (x @ B) @ A.T: A (m, r), B (n, r), and no m x n tensor, forward or
-    backward."""
+    """y = x @ (A @ B.T).T + bias, computed as (x @ B) @ A.T. A (m, r), B (n, r); no m x n tensor is formed,
+    forward or backward."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
         super().__init__()
@@ -116,17 +77,20 @@ class FactorizedLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(in_features, rank))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         if not self.A.is_meta:
-            self.set_factors(*spectral_draw(in_features, out_features, rank))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Spectral initialization from nn.Linear's own draw, U(-1/sqrt(n), 1/sqrt(n))."""
+        W = torch.empty(self.out_features, self.in_features, device=self.A.device).uniform_(-1, 1)
+        self.set_weight(W / self.in_features**0.5)
 
     @torch.no_grad()
-    def set_factors(self, A: Tensor, B: Tensor) -> None:
+    def set_weight(self, W: Tensor) -> None:
+        """The best factors of this rank for W (m, n). They are computed in float64, so that one draw gives
+        the same factors on any number of threads, on the device of W where it can (mps has no float64)."""
+        A, B = spectral_factors((W.cpu() if W.device.type == "mps" else W).double(), self.rank)
         self.A.copy_(A)
         self.B.copy_(B)
-
-    def set_weight(self, W: Tensor) -> None:
-        """Spectral initialisation: the factors of the best approximation of W (m, n)."""
-        device = "cpu" if self.A.device.type == "mps" else self.A.device  # mps has no eigh
-        self.set_factors(*spectral_factors(W.detach().to(device, torch.float64), self.rank))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
@@ -139,55 +103,29 @@ class FactorizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-def side_by_side(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers], low-rank ones with their B factors in one product, past their hooks.
-
-    Not for the few rows of decoding, which would wait for the factors to be copied.
-    """
-    few = x.numel() < FEW_ROWS * x.size(-1)
-    if few or not all(type(layer) is FactorizedLinear for layer in layers):
-        return [layer(x) for layer in layers]
-    z = F.linear(x, torch.cat([layer.B for layer in layers], dim=1).T)
-    return [F.linear(part, layer.A, layer.bias)
-            for part, layer in zip(z.split([layer.rank for layer in layers], -1), layers)]
-
-
 def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Replace every nn.Linear inside any module, in place and from its own weights; returns the pairs for
-    Spectron.
-
-    Biases stay as they are, frozen layers frozen. Not for modules that read their Linear's weight themselves,
-    as nn.TransformerEncoderLayer does in evaluation mode. ValueError for a module that is itself a Linear,
-    and for weights that are tied to another module's: pass the part of the model that holds neither.
-    """
-    if type(module) is nn.Linear:
-        raise ValueError("factorize_ works on the module that holds a Linear, not on the Linear: wrap it")
-    linears = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False)
-               if type(layer) is nn.Linear]
+    """Replace every nn.Linear inside any module, in place, from its own weights, and return the (A, B) pairs
+    for Spectron. Biases stay, and frozen layers stay frozen. ValueError for tied weights."""
     users = [id(p) for child in module.modules() for p in child.parameters(recurse=False)]
-    for path, layer in linears:
-        if users.count(id(layer.weight)) > 1:
-            raise ValueError(f"the weight of {path} is tied to another module's: pass a part of the model "
-                             "without it")
     made = {}
-    for path, old in linears:  # a layer that is used twice stays one layer
-        if old not in made:
-            made[old] = _factorized(old, rank_ratio)
+    for path, old in list(module.named_modules(remove_duplicate=False)):
+        if type(old) is not nn.Linear:
+            continue
+        if not path:
+            raise ValueError("an nn.Linear cannot be replaced in place of itself: wrap it in nn.Sequential")
+        if users.count(id(old.weight)) > 1:
+            raise ValueError(f"{path} shares a tied weight: pass a part of the model without it")
+        n, m = old.in_features, old.out_features
+        if old not in made:  # a layer that is used twice stays one layer
+            with torch.device("meta"):
+                new = FactorizedLinear(n, m, rank_of(rank_ratio, n, m))
+            made[old] = new.to(old.weight.dtype).to_empty(device=old.weight.device)
+            new.set_weight(old.weight)
+            new.bias = old.bias
+            new.A.requires_grad = new.B.requires_grad = old.weight.requires_grad
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, made[old])
     return [(new.A, new.B) for new in made.values()]
-
-
-def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
-    n, m = old.in_features, old.out_features
-    with torch.device("meta"):
-        new = FactorizedLinear(n, m, rank_of(rank_ratio, n, m), bias=old.bias is not None)
-    new.to(old.weight.dtype).to_empty(device=old.weight.device)
-    new.set_weight(old.weight)
-    new.bias = old.bias
-    for p in (new.A, new.B):
-        p.requires_grad = old.weight.requires_grad
-    return new
 
 
 ########################################
@@ -195,32 +133,34 @@ def _factorized(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
 ########################################
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """cos and sin of position times frequency, (2, T, head_dim), each frequency once per half, in the first
-    half with -sin (rotate-half layout)."""
+    """cos and sin of position times frequency, (2, T, head_dim / 2)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), frequency)
-    return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)]).float()
+    return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle; rope is the rows
-    of rope_table at x's positions, (2, T, head_dim) or (2, B, 1, T, head_dim)."""
-    return Rotate.apply(x, *rope.to(x.dtype))
+    """RoPE: turns the pair (x_i, x_{i + head_dim/2}) of x (B, H, T, head_dim) by its angle."""
+    cos, sin = rope.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, linear):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            linear(config.dim, config.dim) for _ in range(4))
+        D, self.n_heads = config.dim, config.n_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear(D, D) for _ in range(4))
 
-    def forward(self, x: Tensor, rope: Tensor, attend=causal_attention) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-                   for y in side_by_side([self.q_proj, self.k_proj, self.v_proj], x))
+    def forward(self, x: Tensor, rope: Tensor, attend) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
         y = attend(rotate(q, rope), rotate(k, rope), v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -230,46 +170,25 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        wide = x.numel() // x.size(-1) * gate.out_features
-        plain = all(type(w) is FactorizedLinear and w.bias is None for w in (gate, up, down))
-        if x.device.type == "cpu" and wide >= SAVE_MEMORY_FROM and plain and gate.rank == up.rank:
-            factors = torch.cat([gate.B, up.B], dim=1), gate.A, up.A, down.B, down.A
-            return LowRankSwiGLU.apply(x.flatten(0, -2), *(w.to(x.dtype) for w in factors)).view(x.shape)
-        gate, up = side_by_side([gate, up], x)
-        return down(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig, attention_linear, ffn_linear):
         super().__init__()
-        self.attention_norm, self.attention = (RMSNorm(config.dim, eps=1e-5),
-                                               Attention(config, attention_linear))
-        self.ffn_norm, self.ffn = RMSNorm(config.dim, eps=1e-5), SwiGLU(config, ffn_linear)
+        self.attention_norm, self.ffn_norm = (nn.RMSNorm(config.dim, eps=1e-5) for _ in range(2))
+        self.attention, self.ffn = Attention(config, attention_linear), SwiGLU(config, ffn_linear)
 
     def forward(self, x: Tensor, rope: Tensor, attend) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.ffn(self.ffn_norm(x))
 
 
-def _drawn(draw, *shape: int) -> Tensor:
-    """draw(*shape) on the default device; where that is meta, nothing is drawn."""
-    device = torch.get_default_device()
-    return torch.empty(shape) if device.type == "meta" else draw(*shape).to(device)
-
-
-def _dense(n: int, m: int, draw) -> nn.Linear:
-    layer = nn.Linear(n, m, bias=False, device="meta")  # without torch's own draw
-    layer.weight = nn.Parameter(_drawn(draw, m, n))
-    return layer
-
-
 class Llama(nn.Module):
     """The paper's decoder: RMSNorm, RoPE, multi-head attention, SwiGLU, no biases, untied embedding and head.
 
-    Inside the blocks every matrix is a `linear`, called with (in_features, out_features, rank), or an
-    nn.Linear where the config says dense; embedding and head are dense. torch.manual_seed before building it
-    decides the weights, whatever the device.
+    Inside the blocks every matrix is made by `linear(in_features, out_features, rank)`, or is an nn.Linear
+    where the config says dense. The embedding and the head are dense.
     """
 
     def __init__(self, config: LlamaConfig, linear=FactorizedLinear):
@@ -278,44 +197,41 @@ class Llama(nn.Module):
             raise ValueError(f"dim {config.dim} does not divide into {config.n_heads} heads of even width")
         self.config = config
 
-        V, D = config.vocab_size, config.dim
-
         def factorized(n, m):
             return linear(n, m, rank_of(config.rank_ratio, n, m))
 
         def dense(n, m):
-            return _dense(n, m, lambda m, n: uniform_weight(n, m))
-
-        def normal(rows, columns):
-            return torch.empty(rows, columns, device="cpu").normal_(std=0.02)
+            return nn.Linear(n, m, bias=False)
 
         ffn_linear = dense if config.rank_ratio is None else factorized
         attention_linear = ffn_linear if config.factorize == "all" else dense
-        # with _weight, torch does not import a second's worth of modules to draw on meta
-        self.embedding = nn.Embedding(V, D, _weight=_drawn(normal, V, D))
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, attention_linear, ffn_linear)
                                     for _ in range(config.n_layers))
-        self.norm = RMSNorm(D, eps=1e-5)
-        self.head = _dense(D, V, normal)
-        rope, device = rope_table(config.seq_len, D // config.n_heads), torch.get_default_device()
-        # real even on meta, where load_state_dict(assign=True) brings everything else
-        self.register_buffer("rope", rope if device.type == "meta" else rope.to(device), persistent=False)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.head = dense(config.dim, config.vocab_size)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        self.register_buffer("rope", rope_table(config.seq_len, config.dim // config.n_heads),
+                             persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), their mean cross-entropy in nats
-        instead."""
+        """tokens (B, T) -> logits (B, T, V). With targets (B, T): their mean cross-entropy, in nats."""
         logits = self.head(self.hidden(tokens))
-        return logits if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, tokens: Tensor, positions=None, attends=None) -> Tensor:
-        """What the head reads, (B, T, D), of tokens (B, T).
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, attends=None) -> Tensor:
+        """The activations that the head reads, (B, T, D).
 
-        positions, (T,) or (B, 1, T), are those of the tokens, where not 0 to T - 1; attends, a function
-        (q, k, v) -> y of (B, H, T, head_dim) for each block, stands for causal_attention.
+        positions (T,) are the tokens' places in the text; the default is 0 to T - 1. attends is a list with
+        one function (q, k, v) -> y for each block, all (B, H, T, head_dim); the default is causal attention,
+        and a KV cache comes in here.
         """
         x = self.embedding(tokens)
-        rope = self.rope[:, slice(tokens.size(1)) if positions is None else positions]
-        for block, attend in zip(self.blocks, attends or [causal_attention] * len(self.blocks), strict=True):
+        rope = self.rope[:, :tokens.size(1)] if positions is None else self.rope[:, positions]
+        for block, attend in zip(self.blocks, attends or [causal_attention] * len(self.blocks)):
             x = block(x, rope, attend)
         return self.norm(x)
 
@@ -324,13 +240,9 @@ class Llama(nn.Module):
         return [(layer.A, layer.B) for layer in self.modules() if isinstance(layer, FactorizedLinear)]
 
     def flops_per_token(self) -> int:
-        """Executed matmul FLOPs of one token, forward and backward: 6 per weight but the embedding's, and
-        attention. What a layer calls idle is left out.
-
-        Attention is counted causally, as half of the T x T scores: 6 * n_layers * T * D.
-        """
+        """Executed matmul FLOPs of one token, forward and backward: 6 for each weight but the embedding's,
+        and causal attention, which is half of the T x T scores: 6 * n_layers * T * D."""
         weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
-        weights -= sum(getattr(layer, "idle", 0) for layer in self.modules())
         return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
 
 
@@ -341,8 +253,7 @@ def block_matrices(model: Llama) -> dict[str, nn.Module]:
 
 
 def split_parameters(model: Llama):
-    """(factor pairs, dense matrices of the blocks, all others: embedding, head, norms), which wants three
-    optimizers."""
+    """(factor pairs, dense matrices of the blocks, all others: embedding, head and norms)."""
     pairs = model.factor_pairs()
     dense = [layer.weight for layer in block_matrices(model).values() if isinstance(layer, nn.Linear)]
     taken = {id(p) for p in [*dense, *(p for pair in pairs for p in pair)]}

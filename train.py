@@ -1,48 +1,347 @@
-"""Train a Llama, from scratch, with low-rank weights only.
+"""Train a Llama from scratch with low-rank weights only.
 
     python train.py                                      nano on the offline corpus: minutes on two cores
     torchrun --nproc_per_node=8 train.py --size S        the paper's Factorized Transformer-S on FineWeb
     python train.py --no-renormalize --lr 0.02           an ablation
     python train.py --resume --out out/nano-spectron-00  go on where a run stopped
 
---size and --method decide every other value; each is printed at the start and can be set by its flag.
+--size and --method decide every other value. Each is printed at the start and can be set by its flag.
 """
 
+import argparse
 import json
 import math
 import os
-import platform
-import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import cli
 import data
-import methods
-import plot
-import sample
-import settings
-from cli import UserError
-from eval import BROKEN, load_checkpoint, load_model, validate
-from model import FEW_ROWS, FactorizedLinear, Llama, LlamaConfig, block_matrices
-from settings import precision
+from data import Parser, Split, UserError, command, number, positive, rank_and_ranks
+from eval import BROKEN, baseline, choose_device, join_ranks, load_checkpoint, load_model, precision, validate
+from model import (ALIASES, NANO_SIZES, SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices,
+                   count_parameters, split_parameters)
+from spectron import Spectron, newton_schulz
 
 WARMUP = 0.05  # of the steps
 CLIP = 1.0  # on the norm of all gradients together
-PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-                   "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-                   "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
+
+
+########################################
+#  Methods: how W is stored and moved  #
+########################################
+
+@dataclass
+class Method:
+    """What --method names. Four are in METHODS below; any other is a file in baselines/ with a function
+    method(**method_args) that returns one of these."""
+    optimizers: Callable  # (model, c) -> a list of optimizers that together hold every parameter once
+    lr: float  # of the block matrices, at the paper's sizes
+    nano_lr: float  # the best of results/fig12/nano/table.md
+    flags: tuple = ()  # of train.py, that apply to this method and not to all
+    dense: bool = False  # nn.Linear in place of `linear`
+    linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
+    before_step: Callable | None = None  # (model, optimizers, c, step) -> True where parameters have left
+    flops_per_token: Callable = Llama.flops_per_token  # (model) -> FLOPs that this step executes
+    compiles: bool = True  # the forward pass is the same in every step
+
+
+def adamw(params, lr, c):
+    """AdamW for these parameters; the gains of the norms are not decayed."""
+    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=c.weight_decay),
+              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
+                             fused=params[0].device.type in ("cpu", "cuda") or None)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for dense matrices, as torch.optim.Muon does it. Torch's always multiplies in bfloat16, which a CPU
+    without bfloat16 hardware does 28 times slower than this."""
+
+    def __init__(self, params, ns_dtype=None, **settings):
+        super().__init__(params, settings)
+        self.ns_dtype = ns_dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                M = self.state[p]["momentum_buffer"]
+                M.lerp_(p.grad, 1 - group["momentum"])
+                D = p.grad.lerp(M, group["momentum"]) if group["nesterov"] else M
+                O = newton_schulz(D.to(self.ns_dtype or D.dtype), group["ns_steps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(O, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def muon(params, lr, c):
+    return Muon(params, torch.bfloat16 if c.dtype == "bfloat16" else None, lr=lr, momentum=c.momentum,
+                nesterov=c.nesterov, ns_steps=c.ns_steps, weight_decay=c.weight_decay)
+
+
+def spectron_optimizers(model, c):
+    """Spectron for the factors, Muon for matrices that stay dense, AdamW for embedding, head and norms."""
+    pairs, dense, others = split_parameters(model)
+    spectron = Spectron(
+        pairs, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov,
+        shape_scale=c.shape_scale, ns_steps=c.ns_steps, power_steps=c.power_steps,
+        orthogonalize=c.orthogonalize, renormalize=c.renormalize,
+        ns_dtype=torch.bfloat16 if c.dtype == "bfloat16" else None)
+    return [spectron, *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
+
+
+def adamw_optimizers(model, c):
+    pairs, dense, others = split_parameters(model)
+    return [adamw([p for pair in pairs for p in pair] + dense, c.lr, c), adamw(others, c.adam_lr, c)]
+
+
+def muon_optimizers(model, c):
+    _, dense, others = split_parameters(model)
+    return [muon(dense, c.lr, c), adamw(others, c.adam_lr, c)]
+
+
+LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
+SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
+METHODS = {
+    "spectron": Method(spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
+    "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
+    "dense": Method(muon_optimizers, 0.02, 0.05, MUON_FLAGS, dense=True),
+    "dense-adamw": Method(adamw_optimizers, 6e-4, 5e-4, dense=True),
+}
+
+
+def find_method(name: str, args: dict) -> Method:
+    """The method of this name, with its own arguments. UserError where there is none, or it takes no such."""
+    if name not in METHODS:
+        return baseline(name, args)
+    if args:
+        raise UserError(f"--method_args are for the methods of baselines/; --method {name} takes none")
+    return METHODS[name]
+
+
+def assert_assigned(model, optimizers) -> None:
+    """Every parameter belongs to exactly one optimizer."""
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    wrong = [name for name, p in model.named_parameters() if held.count(id(p)) != 1]
+    assert not wrong and len(held) == len(list(model.parameters())), f"not in exactly one optimizer: {wrong}"
+
+
+########################################
+#         Flags and defaults           #
+########################################
+
+# What --size decides besides the architecture. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
+PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
+NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=300)
+COMMON = dict(method_args={}, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
+              power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, weight_decay=0.0, seed=0,
+              eval_tokens=10 * 2**20, final_eval_tokens=100_000_000, spectra_every=10, stop_at=None,
+              on_nonfinite="stop", out=None)
+MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
+              "stop_at", "on_nonfinite", "data"}  # at --resume
+ACTIONS = {"resume": "go on from the checkpoint in --out",
+           "overwrite": "start anew in an --out that has a run",
+           "dry_run": "print what would be trained and what it needs, and end"}
+
+
+def parse(argv) -> dict:
+    """The flags that were given, and only those."""
+    parser = Parser(__doc__)
+
+    def add(name, kind, help, **more):  # kind: choices, bool for --name and --no-name, or a reader of text
+        more |= ({"choices": kind} if isinstance(kind, list) else
+                 {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind})
+        parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS, **more)
+
+    # the model and the method
+    add("size", list(SIZES), "the paper's sizes (S = 134M, M = 500M, L = 780M), or nano for laptops (nano)")
+    add("method", str, f"{', '.join(METHODS)}, or a file in baselines/, such as self-guided (spectron)")
+    add("method_args", key_and_value, "of a method in baselines/", nargs="+", metavar="KEY=VALUE")
+    add("rank_ratio", number(1.0001), "rank over the input width of each matrix, in (0, 1] (0.25)")
+    add("factorize", ["all", "ffn"], "which matrices of a block are low-rank (all)")
+    # the optimizer
+    add("lr", number(), "learning rate of the block matrices; for spectron the bound on ||dW||_2 of a step\n("
+        + ", ".join(f"{name} {method.lr:g}, at nano {method.nano_lr:g}" for name, method in METHODS.items())
+        + ";\nat the paper's sizes from public launches and the field's practice, untested here)")
+    add("orthogonalize", bool, "spectron: Newton-Schulz on each factor's momentum (on)")
+    add("renormalize", bool, "spectron: divide lr by sigma_A + sigma_B + 1 (on)")
+    add("adam_lr", number(), "AdamW's learning rate for embedding, head and norms (3e-3)")
+    add("muon_lr", number(), "spectron with --factorize ffn: Muon's for the dense matrices (0.02)")
+    add("momentum", number(1), "of spectron and Muon, in [0, 1) (0.95; nano 0.9)")
+    add("nesterov", bool, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter (on)")
+    add("shape_scale", bool, "multiply A's update by sqrt(max(1, m / r)), as the public code does (off)")
+    add("ns_steps", positive, "Newton-Schulz iterations (5)")
+    add("power_steps", positive, "power iterations per step (1)")
+    add("weight_decay", number(), "decoupled, of every matrix, times that matrix's lr (0)")
+    # the batch and the run
+    add("steps", positive, "optimizer steps (from the size, and from whether W is dense)")
+    add("stop_at", positive, "save and end after this step, on the schedule of --steps")
+    add("tokens_per_step", positive, "the batch, over all ranks and micro-steps (1,048,576; nano 4,096)")
+    add("batch_size", positive, "sequences per device and micro-step: memory, never the result (by device)")
+    add("seq_len", positive, "tokens per sequence (2,048; nano 256)")
+    add("seed", number(2**63, int), "of the initial weights and the order of the data (0)")
+    add("data", str, "directory of token shards (data/fineweb; nano data/stdlib, built where it is missing)")
+    add("out", str, "directory of the run (the next free out/<size>-<method>-NN)")
+    add("device", ["cuda", "cpu", "mps"], "(the first that is there)")
+    add("dtype", ["bfloat16", "float32"], "autocast over fp32 weights (bfloat16 where the hardware has it)")
+    add("compile", bool, "torch.compile (on for CUDA from size 60M up)")
+    # what is recorded
+    add("eval_every", positive, "steps between validations (a tenth of --steps)")
+    add("eval_tokens", positive, "validation tokens at most, during training (10,485,760)")
+    add("final_eval_tokens", positive, "validation tokens at most, after the last step (100,000,000)")
+    add("save_every", positive, "steps between checkpoints (a tenth of --steps)")
+    add("spectra_every", positive, "steps between logged steps, each with the norms of one matrix (10)")
+    add("spectra_of", str, "that matrix, e.g. blocks.0.ffn.down_proj (attention.o_proj of the middle block)")
+    add("on_nonfinite", ["stop", "record"], "what a gradient that is not finite does: end with an error, or\n"
+        "record it in the log as diverged and end without one, for sweeps (stop)")
+    for name, help in ACTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=help)
+    given = vars(parser.parse_args(argv))
+    for flag in "out", "data":
+        if given.get(flag) == "":
+            raise UserError(f"--{flag} is empty: name a directory, or leave the flag out")
+    if "method" in given:
+        given["method"] = given["method"].replace("_", "-")
+    if "method_args" in given:
+        given["method_args"] = dict(given["method_args"])
+    return given
+
+
+def key_and_value(text: str):
+    """key=value, the value read as true, false or a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value")
+    try:
+        return key, json.loads(value.lower())
+    except ValueError:
+        return key, value
+
+
+def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNamespace:
+    """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults,
+    which follow from size, method and hardware. UserError where one makes no sense."""
+    flags = {key: value for key, value in given.items() if key not in ACTIONS}
+    device = given["device"] if {"dry_run", "device"} <= set(given) else choose_device(given.get("device"))
+    if saved:
+        check_unchanged(flags, saved)
+        compiles = saved["compile"] and device == saved["device"]
+        c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **flags, "device": device})
+    else:
+        c = SimpleNamespace(**{**defaults(flags, device), **flags})
+        c.eval_every, c.save_every = (given.get(key, max(1, c.steps // 10))
+                                      for key in ("eval_every", "save_every"))
+        c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if Path(c.data).is_dir()
+                       else "bytes" if c.size in NANO_SIZES else "gpt2")
+        c.model = asdict(replace(SIZES[c.size], vocab_size=data.padded_vocabulary(c.tokenizer),
+                                 seq_len=c.seq_len, rank_ratio=c.rank_ratio, factorize=c.factorize))
+    if c.compile and not any(shutil.which(x) for x in (os.environ.get("CXX") or "g++", "clang++", "cl")):
+        raise UserError("--compile needs a C++ compiler, and the path has none: install g++, or --no-compile")
+    split_batch(c, "batch_size" in given, ranks)
+    return c
+
+
+def defaults(flags: dict, device: str) -> dict:
+    """What is not given, by size, method and hardware. UserError for flags that do not go together."""
+    size, name = flags.get("size", "nano"), flags.get("method", "spectron")
+    method, nano = find_method(name, flags.get("method_args", {})), size in NANO_SIZES
+    check_flags(flags, name, method)
+    return {"size": size, "method": name, "lr": method.nano_lr if nano else method.lr,
+            "seq_len": SIZES[size].seq_len, "steps": None if nano else paper_steps(size, method.dense),
+            **COMMON, **(NANO if nano else PAPER),
+            "rank_ratio": None if method.dense else 0.25, "batch_size": 16 if nano or device == "cuda" else 1,
+            "device": device, "dtype": "bfloat16" if native_bf16(device) else "float32",
+            "compile": device == "cuda" and not nano and method.compiles,
+            "spectra_of": f"blocks.{SIZES[size].n_layers // 2}.attention.o_proj"}
+
+
+def check_flags(flags: dict, name: str, method: Method) -> None:
+    """UserError for a flag that would have no effect."""
+    optional = {flag for other in METHODS.values() for flag in other.flags}
+    for flag in sorted(optional & set(flags) - set(method.flags)):
+        raise UserError(f"--{'no-' * (flags[flag] is False)}{flag} does not apply to --method {name}; it is "
+                        "a flag of --method " + " or ".join(m for m in METHODS if flag in METHODS[m].flags))
+    if flags.get("compile") and not method.compiles:
+        raise UserError(f"--compile does not go with --method {name}, whose forward pass changes from step "
+                        "to step: leave it out")
+    for flag, needs, there in (("ns_steps", "--orthogonalize", flags.get("orthogonalize", True)),
+                               ("power_steps", "--renormalize", flags.get("renormalize", True)),
+                               ("muon_lr", "--factorize ffn", flags.get("factorize") == "ffn")):
+        if flag in flags and not there:
+            raise UserError(f"--{flag} has no effect without {needs}: add that, or leave --{flag} out")
+    if not 0 < flags.get("rank_ratio", 1) <= 1:
+        raise UserError(f"--rank_ratio {flags['rank_ratio']} has to be in (0, 1], e.g. --rank_ratio 0.25")
+
+
+def check_unchanged(flags: dict, saved: dict) -> None:
+    """UserError that lists the flags which would change the result of the run that is resumed."""
+    changed = [f"--{key} {value} (was {saved.get(key)})" for key, value in flags.items()
+               if key not in MAY_CHANGE and saved.get(key) != value]
+    if changed:
+        raise UserError(f"a resumed run keeps its settings, and these differ: {', '.join(changed)}. Leave "
+                        "them out, or start another run without --resume. What may change: "
+                        + ", ".join(sorted(MAY_CHANGE)))
+
+
+def paper_steps(size: str, dense: bool) -> int:
+    """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense
+    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that 6 N D is equal.
+    All six of Appendix E.3."""
+    nominal = ALIASES.get(size, size)
+    parameters = (count_parameters(replace(SIZES[size], vocab_size=32000)) if dense
+                  else float(nominal[:-1]) * {"M": 1e6, "B": 1e9}[nominal[-1]])
+    return math.ceil(20 * parameters / 2**20)
+
+
+def native_bf16(device: str) -> bool:
+    """Whether this device multiplies bfloat16 matrices in hardware. Elsewhere torch does so too, slowly."""
+    if device == "cpu":
+        return any(getattr(torch.cpu, probe, lambda: False)()
+                   for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False))
+
+
+def split_batch(c, chosen: bool, ranks: int) -> None:
+    """Sets micro_steps so that batch_size x seq_len x ranks x micro_steps = tokens_per_step; batch_size too
+    unless the user chose it. UserError with the nearest valid value where nothing does."""
+    unit = c.seq_len * ranks
+    if c.tokens_per_step % unit:
+        raise UserError(f"--tokens_per_step {c.tokens_per_step} is not a multiple of {unit} = "
+                        f"--seq_len {c.seq_len} x {ranks} rank(s); the nearest that is: --tokens_per_step "
+                        f"{max(1, round(c.tokens_per_step / unit)) * unit}")
+    sequences = c.tokens_per_step // unit
+    valid = [d for d in range(1, sequences + 1) if sequences % d == 0]
+    if not chosen:
+        c.batch_size = max(d for d in valid if d <= c.batch_size)
+    if c.batch_size not in valid:
+        raise UserError(f"--batch_size {c.batch_size} does not divide the {sequences} sequences that a step "
+                        f"gives each of {ranks} rank(s); the nearest that does: --batch_size "
+                        f"{min(valid, key=lambda d: abs(d - c.batch_size))}")
+    c.micro_steps = sequences // c.batch_size
+
+
+def describe(c, model, ranks: int) -> str:
+    """Every setting, what the model has, and how a step's tokens come together."""
+    settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
+    factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
+    return (f"settings: {settings}\nmodel: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{factors:,} of them in factors\nbatch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} "
+            f"rank(s) x {c.micro_steps} micro-step(s) = {c.tokens_per_step:,} tokens a step")
 
 
 ########################################
@@ -50,46 +349,61 @@ PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 N
 ########################################
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of lr at a step (from 0): linear warm-up over 5%, then cosine towards zero; never zero
-    itself."""
+    """The fraction of lr at a step (from 0): linear warm-up over 5%, then a cosine towards zero. It never is
+    zero."""
     warmup = math.ceil(WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def backward(network, train, c, step: int, device, rank: int, ranks: int) -> torch.Tensor:
-    """Leaves the gradients of the mean loss over the batch of a step (from 0), all-reduced; this rank's mean
-    loss."""
+def backward(network, train: Split, c, step: int, device, rank: int, ranks: int) -> torch.Tensor:
+    """Leaves the gradients of the mean loss over the batch of a step (from 0), averaged over the ranks.
+    Returns this rank's mean loss."""
     x, y = train.batch(step, c.tokens_per_step // c.seq_len, c.seed, rank, ranks)
+    if device.type == "cuda":  # from pinned memory a copy runs beside the computation
+        x, y = x.pin_memory(), y.pin_memory()
     total = torch.zeros((), device=device)
     for micro, (x_micro, y_micro) in enumerate(zip(x.split(c.batch_size), y.split(c.batch_size))):
-        reduces = ranks == 1 or micro == c.micro_steps - 1  # once a step, with its last micro-step
+        # Gradients add up over the micro-steps. The ranks average them once, with the last one.
+        reduces = ranks == 1 or micro == c.micro_steps - 1
         with nullcontext() if reduces else network.no_sync():
             with precision(device, c.dtype):
-                loss = network(x_micro.to(device), y_micro.to(device)) / c.micro_steps
+                loss = network(x_micro.to(device, non_blocking=True), y_micro.to(device, non_blocking=True))
+                loss = loss / c.micro_steps
             loss.backward()
         total += loss.detach()
     return total
+
+
+def read_back(model, loss: torch.Tensor, stopping: bool, ranks: int) -> tuple[torch.Tensor, float, bool]:
+    """(norm of all gradients, mean loss over the ranks, whether any rank was told to stop). It is the one
+    place of a step where the CPU waits for the device."""
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient for {missing}"
+    sums = torch.stack([loss, loss.new_full((), float(stopping))])
+    if ranks > 1:
+        dist.all_reduce(sums)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm, loss, stops = torch.cat([norm.view(1), sums]).tolist()
+    return norm, loss / ranks, stops > 0
 
 
 class NonFinite(UserError):
     """A gradient that is not finite."""
 
 
-def clip_gradients(model, step: int, lr: float) -> None:
-    """Clip the norm of all gradients to CLIP. NonFinite, before any weight is touched, where it is not
-    finite."""
-    missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not missing, f"no gradient for {missing}"
-    try:
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP, error_if_nonfinite=True)
-    except RuntimeError:
+def clip_gradients(model, norm: float, step: int, lr: float) -> None:
+    """Scale the gradients so that their norm is at most CLIP. NonFinite, before any weight is touched, where
+    the norm is not finite."""
+    if not math.isfinite(norm):
         name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()),
                     "none, only their norm")
         raise NonFinite(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
                         f"{name}. No weight was touched, and a checkpoint that was saved is whole. Start "
-                        "again with a lower --lr") from None
+                        "again with a lower --lr")
+    if norm > CLIP:
+        torch._foreach_mul_([p.grad for p in model.parameters()], CLIP / (norm + 1e-6))
 
 
 def update(optimizers, fraction: float) -> None:
@@ -100,26 +414,18 @@ def update(optimizers, fraction: float) -> None:
         optimizer.zero_grad()
 
 
-def sum_over_ranks(*values) -> list[float]:
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=values[0].device)
-                          for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
-
-
 ########################################
 #      The norms of one matrix         #
 ########################################
 
+def spectral_norm(M) -> torch.Tensor:
+    return torch.linalg.matrix_norm(M, ord=2)
+
+
 def product_norm(A, B) -> torch.Tensor:
     """||A B^T||_2, exactly, from the triangles of two QRs: A (m, k), B (n, k), and never an m x n matrix."""
     R_A, R_B = (torch.linalg.qr(X, mode="r")[1] for X in (A, B))
-    return norm(R_A @ R_B.T)
-
-
-def norm(M) -> torch.Tensor:
-    return torch.linalg.matrix_norm(M, ord=2)
+    return spectral_norm(R_A @ R_B.T)
 
 
 def finite(x) -> float | None:
@@ -130,53 +436,47 @@ def finite(x) -> float | None:
 class Spectra:
     """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw.
 
-    probe (1, T), T < model.FEW_ROWS: tokens for dy. Of a self-guided layer it is A B^T, the part that stays.
+    probe (1, T) are fixed tokens, for dy. A dense W is followed as W I^T, so that one formula serves all.
     """
 
     def __init__(self, model, name: str, optimizers, probe: torch.Tensor):
-        self.model, self.name, self.probe = model, name, probe
-        layer = block_matrices(model)[name]
+        self.model, self.name, self.probe, layer = model, name, probe, block_matrices(model)[name]
         self.weights = [layer.A, layer.B] if isinstance(layer, FactorizedLinear) else [layer.weight]
         self.state, self.group = next((o.state, group) for o in optimizers for group in o.param_groups
                                       if any(p is self.weights[0] for p in group["params"]))
 
-    def _float64(self, weights):
-        return [p.detach().to("cpu" if p.device.type == "mps" else p.device, torch.float64, copy=True)
-                for p in weights]
+    def factors(self):
+        A, *B = (p.detach().to("cpu" if p.device.type == "mps" else p.device, copy=True).double()
+                 for p in self.weights)  # mps has no float64
+        return A, *(B or [torch.eye(A.size(1)).to(A)])
 
     @torch.no_grad()
     def before(self) -> None:
         """Keep the weights, and what the layer reads of the probe."""
-        self.old, caught = self._float64(self.weights), []
-        hook = block_matrices(self.model)[self.name].register_forward_pre_hook(
-            lambda layer, inputs: caught.extend(inputs))
+        self.old, inputs = self.factors(), []
+        hook = block_matrices(self.model)[self.name].register_forward_pre_hook(lambda _, x: inputs.extend(x))
         self.model.hidden(self.probe)
         hook.remove()
-        self.x, = self._float64(caught)
+        self.x = inputs[0].to(self.old[0].device).double()
 
     def after(self) -> dict:
-        """dW, W, dy, sigma_A, sigma_B, rho, gauge of the step since before(). dy is the RMS of dW x (Eq. 9).
-        sigma and rho as the optimizer used them; where it has none, the exact sigma of before, and no rho.
-        gauge is ||dW||_2 over the lr of that step."""
-        if len(self.weights) == 1:
-            W, W0 = *self._float64(self.weights), *self.old
-            norms, dy = {"dW": norm(W - W0), "W": norm(W)}, self.x @ (W - W0).T
-        else:
-            (A, B), (A0, B0), states = (self._float64(self.weights), self.old,
-                                        [self.state[p] for p in self.weights])
-            sigma_A, sigma_B = (state["sigma"] if "sigma" in state else norm(p)
-                                for state, p in zip(states, self.old))
-            dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
-            norms = {"dW": dW, "W": product_norm(A, B), "sigma_A": sigma_A, "sigma_B": sigma_B,
-                     "rho": states[0].get("rho")}
-            dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
-        norms.update(gauge=norms["dW"] / self.group["lr"], dy=dy.square().mean().sqrt())
-        keys = "dW", "W", "dy", "sigma_A", "sigma_B", "rho", "gauge"
-        return {key: finite(norms.get(key)) for key in keys}
+        """dW and W; dy, the RMS of dW x (Eq. 9); gauge, dW over the lr of that step. sigma and rho are those
+        that the optimizer used; where it has none, the exact sigma of before, and no rho."""
+        (A0, B0), (A, B) = self.old, self.factors()
+        dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
+        dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
+        sigma_A = sigma_B = rho = None
+        if len(self.weights) == 2:
+            sigma_A, sigma_B = (self.state[p]["sigma"] if "sigma" in self.state[p] else spectral_norm(old)
+                                for p, old in zip(self.weights, self.old))
+            rho = self.state[self.weights[0]].get("rho")
+        norms = {"dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(), "sigma_A": sigma_A,
+                 "sigma_B": sigma_B, "rho": rho, "gauge": dW / self.group["lr"]}
+        return {key: finite(value) for key, value in norms.items()}
 
 
 ########################################
-#        What a run leaves behind      #
+#          Log and checkpoint          #
 ########################################
 
 def check_directory(c, overwrite: bool) -> None:
@@ -187,67 +487,38 @@ def check_directory(c, overwrite: bool) -> None:
                         "name another")
 
 
-def new_directory(c) -> Path:
-    """The directory of this run, made: --out, or the next free one."""
+def open_log(argv, c, step: int, ranks: int):
+    """(directory of the run, its log): of a new run, or of one that is resumed after `step`."""
+    from tools import machine
     number = 0
-    while c.out is None:
+    while c.out is None:  # the next free name
         path = Path(f"out/{c.size}-{c.method}-{number:02d}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
-    Path(c.out).mkdir(parents=True, exist_ok=True)
-    return Path(c.out)
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()
-
-
-def git(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-
-
-def provenance(argv, c, ranks: int) -> dict:
-    """The first record of a log: how to make it again, and where it was made."""
-    commit = git("rev-parse", "HEAD").stdout.strip() if shutil.which("git") else ""
-    if commit and git("diff", "--quiet", "HEAD", "--", "*.py").returncode:
-        commit += "-dirty"  # results that a run has written do not count
-    return {"argv": argv, "config": vars(c), "git": commit or None, "ranks": ranks,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(),
-                         "threads": torch.get_num_threads(),
-                         "gpu": torch.cuda.get_device_name() if c.device == "cuda" else None}}
+        number, c.out = number + 1, None if path.exists() else str(path)
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if step == 0:
+        for name in "log.jsonl", "ckpt.pt", "loss.png":  # of the run that is replaced
+            (out / name).unlink(missing_ok=True)
+    cut_log(out / "log.jsonl", step)
+    log = open(out / "log.jsonl", "a", encoding="utf-8")
+    first = {"argv": argv, "config": vars(c), "ranks": ranks, **machine.provenance()}  # how to make it again
+    print(json.dumps(first), file=log, flush=True)
+    return out, log
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop what was logged after a step, and a line that a kill left torn: the resumed run writes them
     again."""
     kept = []
-    for row in path.read_text().splitlines() if path.exists() else []:
+    for row in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(row).get("step", 0) <= step:
                 kept.append(row + "\n")
         except ValueError:
             pass
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(kept), encoding="utf-8")
     os.replace(part, path)
-
-
-def open_log(argv, c, step: int, ranks: int):
-    """(directory of the run, its log): a new one, or the one that is resumed, cut after `step`."""
-    out = Path(c.out) if step else new_directory(c)
-    c.out = str(out)
-    for name in () if step else ("log.jsonl", "ckpt.pt", "loss.png"):  # of the run that is replaced
-        (out / name).unlink(missing_ok=True)
-    cut_log(out / "log.jsonl", step)
-    log = open(out / "log.jsonl", "a")
-    print(json.dumps(provenance(argv, c, ranks)), file=log, flush=True)
-    return out, log
 
 
 def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int) -> None:
@@ -262,30 +533,36 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int
     os.replace(part, path)
 
 
-def peak_flops(gpu: str) -> float | None:
-    """bf16 FLOPs per second of this GPU by its data sheet; None for one that is not in the table."""
-    return next((flops for name, flops in PEAK_BF16_FLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Laptop|Ti|SUPER|D\b))", gpu)), None)
+def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
+    """Gives the optimizers the state of a checkpoint; returns its (step, seconds, FLOPs)."""
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except BROKEN as error:
+        raise UserError("the checkpoint is damaged: its optimizers do not fit "
+                        f"({type(error).__name__})") from None
+    return tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
 
 
 def line(record: dict, c, speed: float, mfu: float | None) -> str:
     """One logged step, in fixed width."""
-    val, gauge = ("      -" if record[key] is None else f"{record[key]:7.4f}"
-                  for key in ("val_loss", "gauge"))
+    loss, val, gauge = ("      -" if record[key] is None else f"{record[key]:7.4f}"
+                        for key in ("loss", "val_loss", "gauge"))
     left = round((c.steps - record["step"]) * c.tokens_per_step / speed)
-    return (f"step {record['step']:>6}/{c.steps}  loss {record['loss']:7.4f}  val {val}  "
-            f"lr {record['lr']:.2e}  gauge {gauge}  {speed:>9,.0f} tok/s  "
-            f"MFU {f'{mfu:.1%}' if mfu else 'n/a':>5}  "
+    return (f"step {record['step']:>6}/{c.steps}  loss {loss}  val {val}  lr {record['lr']:.2e}  "
+            f"gauge {gauge}  {speed:>9,.0f} tok/s  MFU {f'{mfu:.1%}' if mfu else 'n/a':>5}  "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
 
 def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: dict) -> None:
     """The end of a run: a sample, the figure, and a block of `key: value` lines."""
+    from tools import plot, sample
     if step:
         plot.figure([out], out / "loss.png")
     print("---")
     if step < c.steps and "diverged" not in scores:
-        print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume --out {out}")
+        print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
+              f"--out {shlex.quote(str(out))}")
     elif tokenizer and scores.get("val_loss") is not None:
         steps = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
         print(f"sample:\n{''.join(text for text, in sample.texts(tokenizer, steps, 1))}\n---")
@@ -300,12 +577,12 @@ def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: di
 #               The run                #
 ########################################
 
-@cli.command
+@command
 def main(argv=None):
     """Look at everything that can be wrong, before anything is allocated or written; then train."""
     argv = sys.argv[1:] if argv is None else argv
-    given = settings.parse(argv, __doc__)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = parse(argv)
+    rank, ranks = rank_and_ranks()
     checkpoint = None
     if given.get("resume"):
         if "out" not in given or "overwrite" in given:
@@ -315,53 +592,50 @@ def main(argv=None):
             raise UserError(f"--out {given['out']}: no such directory. Runs are in out/; make one with: "
                             "python train.py")
         checkpoint = load_checkpoint(given["out"])
-    c = settings.resolve(given, ranks, checkpoint and checkpoint["config"])
+    c = resolve(given, ranks, checkpoint and checkpoint["config"])
     stop = min(c.steps, c.stop_at or c.steps)
     if checkpoint and checkpoint["step"] >= stop:
         raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
-                        f"to do up to step {stop}. Its scores: python eval.py {given['out']}")
-    with torch.device("meta"):
-        blank = Llama(LlamaConfig(**c.model), methods.find(c.method, c.method_args).linear)
+                        f"to do up to step {stop}. Its scores: python eval.py {shlex.quote(given['out'])}")
+    with torch.device("meta"):  # shapes without memory
+        blank = Llama(LlamaConfig(**c.model), find_method(c.method, c.method_args).linear)
     if c.spectra_of not in block_matrices(blank):
         raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are "
                         f"{', '.join(block_matrices(blank))}")
     if given.get("dry_run"):
-        train = data.open_data(c.data, c.seq_len)[0] if Path(c.data).is_dir() else None
-        return print(settings.describe(c, blank, train, ranks)) if rank == 0 else None
+        from tools import plan
+        return print(plan.describe(c, blank, ranks)) if rank == 0 else None
     if checkpoint is None:
         check_directory(c, "overwrite" in given)
 
-    device = settings.join_ranks(c.device)
+    device = join_ranks(c.device)
     corpus = open_corpus(c, rank)
-    with signals_caught() as stopping:
-        run(argv, c, corpus, checkpoint, stop, stopping, device, rank, ranks)
+    with signals_caught() as caught:
+        run(argv, c, corpus, checkpoint, stop, caught, device, rank, ranks)
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def open_corpus(c, rank: int):
-    """(train, validation, tokenizer or None); builds the offline corpus where that is what is missing."""
-    if c.data == settings.NANO["data"] and not Path(c.data).is_dir() and rank == 0:
+    """(train, validation, tokenizer or None). It builds the offline corpus where that is what is missing."""
+    if c.data == NANO["data"] and not Path(c.data).is_dir() and rank == 0:
+        from tools import prepare
         print(f"building the offline corpus in {c.data}", flush=True)
         try:
-            data.build_stdlib(c.data)
+            prepare.build_stdlib(c.data)
         except (UserError, OSError):
-            if not Path(c.data).is_dir():  # if it is, another run has built it meanwhile
+            if not Path(c.data).is_dir():  # otherwise another run has built it meanwhile
                 raise
     if dist.is_initialized():
         dist.barrier()
-    train, val, tokenizer = data.open_data(c.data, c.seq_len)
-    if tokenizer != c.tokenizer:
-        raise UserError(f"{c.data} was made with tokenizer {tokenizer!r}, and this run was trained with "
-                        f"{c.tokenizer!r}. Make it again: python data.py text FILE... "
-                        f"--tokenizer {c.tokenizer} --out {c.data}")
+    train, val = (data.open_split(c.data, split, c.seq_len, c.tokenizer) for split in ("train", "val"))
     found = {"train": train.tokens, "val": val.tokens}
     if vars(c).setdefault("data_tokens", found) != found:
         raise UserError(f"{c.data} holds {found} tokens, and this run was trained on {c.data_tokens}: "
-                        "put those shards back")
+                        "put those shards back, or name where they are now with --data")
     try:
         return train, val, data.get_tokenizer(c.tokenizer)
-    except UserError as error:  # training needs none: a machine without a network can go on
+    except UserError as error:  # training needs none, so a machine without a network can go on
         if rank == 0:
             print(f"there will be no bits per byte and no sample: {error}")
         return train, val, None
@@ -369,7 +643,7 @@ def open_corpus(c, rank: int):
 
 @contextmanager
 def signals_caught():
-    """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step; a second
+    """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step. A second
     one interrupts."""
     caught, main_thread = [], threading.current_thread() is threading.main_thread()
 
@@ -385,70 +659,92 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: int, ranks: int) -> None:
-    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `stopping`; rank
-    0 logs and saves."""
+def wrapped(model, c, ranks: int):
+    """The model as training calls it: compiled where that is on, averaging gradients over the ranks."""
+    network = torch.compile(model) if c.compile else model
+    if ranks > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # the RoPE table is the same on every rank already
+    return network
+
+
+def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int, ranks: int) -> None:
+    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `caught`."""
+    from tools import machine
     train, val, tokenizer = corpus
-    method = methods.find(c.method, c.method_args)
+    method = find_method(c.method, c.method_args)
+    # The seed decides the weights. They are made on the device, where the SVDs of a large model are fast.
     torch.manual_seed(c.seed)
     if checkpoint:
         model = load_model(checkpoint, device)
     else:
         with torch.device(device):
             model = Llama(LlamaConfig(**c.model), method.linear)
+        model.to(device)  # the RoPE table too
     optimizers = method.optimizers(model, c)
-    methods.assert_assigned(model, optimizers)
+    assert_assigned(model, optimizers)
     step, seconds, flops = restore(optimizers, checkpoint) if checkpoint else (0, 0.0, 0)
-    network, byte_lengths, scores, diverged = wrapped(model, c, ranks), None, {}, None
-    spectra = Spectra(model, c.spectra_of, optimizers, val.read([0])[0][:, :FEW_ROWS - 1].to(device))
-    peak = peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
-
+    checkpoint = None  # frees its memory
+    # `network` is for training alone. Validation, samples and the probe call the model as it is, so that they
+    # never cause a recompilation.
+    network = wrapped(model, c, ranks)
+    spectra = Spectra(model, c.spectra_of, optimizers, val.read([0])[0][:, :64].to(device))
+    peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
     if rank == 0:
         out, log = open_log(argv, c, step, ranks)
-        print(settings.describe(c, model, train, ranks), flush=True)
-    marker = step, seconds  # the speed of the next logged step is counted from here
-    while step < stop:
+        print(describe(c, model, ranks), flush=True)
+
+    scores, diverged, last = {}, None, False
+    shown = step, seconds  # the speed of the next logged step is counted from here
+    while step < stop and not last:
         started, fraction = time.perf_counter(), schedule(step, c.steps)
+        # A method may change the model between steps: drop a guide, cut a rank, merge and restart.
         if method.before_step and method.before_step(model, optimizers, c, step):
             network = wrapped(model, c, ranks)
+
+        # The batch is a pure function of seed and step, so a resumed run needs nothing but the step.
         loss = backward(network, train, c, step, device, rank, ranks)
+        norm, loss, told_to_stop = read_back(model, loss, bool(caught), ranks)
         try:
-            clip_gradients(model, step + 1, fraction * c.lr)
+            clip_gradients(model, norm, step + 1, fraction * c.lr)
         except NonFinite as error:
             if c.on_nonfinite == "stop":
                 raise
             diverged = str(error)
             break
-        loss, signals = sum_over_ranks(loss, len(stopping))
-        step, flops = step + 1, flops + round(model.flops_per_token() * c.tokens_per_step)
-        last, validated = step == stop or signals > 0, step == c.steps or step % c.eval_every == 0
+        step, flops = step + 1, flops + round(method.flops_per_token(model) * c.tokens_per_step)
+
+        # All ranks agree on what happens after this step, since they have to validate together.
+        last, validated = step == stop or told_to_stop, step == c.steps or step % c.eval_every == 0
         logged = rank == 0 and (last or validated or step == 1 or step % c.spectra_every == 0)
         if logged:
             spectra.before()
+        # Everything above read the weights. This line is the only one that moves them.
         update(optimizers, fraction)
         if logged and c.device == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - started  # what follows stands outside the clock
 
+        # Validation is on the same fixed tokens every time; after the last step on more of them.
         scores = {}
         if validated:
-            if step == c.steps and tokenizer:
-                byte_lengths = data.token_bytes(tokenizer)
-            tokens = c.final_eval_tokens if step == c.steps else c.eval_tokens
-            scores = validate(model, val, tokens, c.batch_size, c.dtype, byte_lengths)
+            final = step == c.steps
+            lengths = data.token_bytes(tokenizer) if final and tokenizer else None
+            tokens = c.final_eval_tokens if final else c.eval_tokens
+            scores = validate(model, val, tokens, c.batch_size, c.dtype, lengths)
         if logged:
-            speed = (step - marker[0]) * c.tokens_per_step / (seconds - marker[1])
-            marker = step, seconds
-            record = {"step": step, "tokens": step * c.tokens_per_step,
-                      "flops": flops, "seconds": round(seconds, 3),
-                      "loss": finite(loss / ranks), "val_loss": scores.get("val_loss"),
+            speed = (step - shown[0]) * c.tokens_per_step / (seconds - shown[1])
+            shown = step, seconds
+            record = {"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
+                      "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": scores.get("val_loss"),
                       "lr": fraction * c.lr, **spectra.after()}
             print(json.dumps(record), file=log, flush=True)
-            print(line(record, c, speed, peak and model.flops_per_token() * speed / peak / ranks), flush=True)
+            print(line(record, c, speed, peak and method.flops_per_token(model) * speed / peak / ranks),
+                  flush=True)
+        # A checkpoint is the whole state, and replaces the one before it in a single rename.
         if rank == 0 and (last or step % c.save_every == 0):
             save(out / "ckpt.pt", model, optimizers, c, step, seconds, flops)
-        if last:
-            break
+
     if rank == 0:
         if diverged:
             print(json.dumps({"step": step + 1, "diverged": diverged}), file=log)
@@ -457,27 +753,6 @@ def run(argv, c, corpus, checkpoint, stop: int, stopping: list, device, rank: in
         report(model, tokenizer, out, c, step, seconds, scores)
 
 
-def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """(step, seconds, FLOPs) of a checkpoint, which is emptied; its state goes to the optimizers."""
-    try:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    except BROKEN as error:
-        raise UserError("the checkpoint is damaged: its optimizers do not fit "
-                        f"({type(error).__name__})") from None
-    done = tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
-    checkpoint.clear()  # the memory
-    return done
-
-
-def wrapped(model, c, ranks: int):
-    """The model as training calls it: compiled where that is on, averaging gradients where there are
-    ranks."""
-    network = torch.compile(model) if c.compile else model
-    if ranks == 1:
-        return network
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
 if __name__ == "__main__":
+    sys.modules["train"] = sys.modules["__main__"]  # baselines and tools then import this module, not a copy
     main()

@@ -8,6 +8,7 @@ import torch
 
 import data
 import train
+from tools import prepare
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
@@ -24,11 +25,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float64():
+    """Everything in this process in float64, where the order of sums makes no difference that matters."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The offline corpus, cut short."""
     directory = tmp_path_factory.mktemp("data") / "stdlib"
-    data.build_stdlib(directory, quiet=True)
+    prepare.build_stdlib(directory, quiet=True)
     for split, count in ("train", 200_000), ("val", 1200):
         path = directory / f"{split}_000000.bin"
         data.write_shard(path, data.open_shard(path)[:count].copy())

@@ -14,14 +14,12 @@ import torch
 
 import data
 import eval as evaluation
-import methods
-import plot
-import sample
-import settings
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
+from launch import torchrun
 from model import Llama, LlamaConfig, split_parameters
 from spectron import Spectron
+from tools import plot, prepare, sample
 
 KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "dy", "sigma_A",
         "sigma_B", "rho", "gauge"}
@@ -48,7 +46,7 @@ def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
     header, rows = plot.read_log(out)
     assert (header["argv"][-4:] == ["--eval_every", "10", "--spectra_every", "5"]
             and header["versions"]["torch"])
-    assert header["config"]["lr"] == methods.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
+    assert header["config"]["lr"] == train.METHODS["spectron"].nano_lr and header["hardware"]["cores"] >= 1
     assert ([row["step"] for row in rows] == [1, 5, 10, 15, 20, 25, 30]
             and all(set(row) == KEYS for row in rows))
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [10, 20, 30]
@@ -115,34 +113,38 @@ def test_every_parameter_has_one_optimizer():
     model = Llama(LlamaConfig(16, 1, 2, vocab_size=20, seq_len=8))
     pairs, dense, others = split_parameters(model)
     good = [Spectron(pairs, 0.1), torch.optim.AdamW(others)]
-    methods.assert_assigned(model, good)
+    train.assert_assigned(model, good)
     for bad in (good[:1], good + [torch.optim.AdamW(others[:1])]):
         with pytest.raises(AssertionError, match="one optimizer"):
-            methods.assert_assigned(model, bad)
+            train.assert_assigned(model, bad)
 
 
 def test_gradients_are_clipped_to_norm_one_before_the_step(run, monkeypatch):
-    norms = []
-    clip = train.clip_gradients
+    norms, clip = [], train.clip_gradients
 
-    def spy(model, *args):
-        clip(model, *args)
-        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+    def norm_of(model):
+        return torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+    def spy(model, norm, *args):
+        assert norm == pytest.approx(norm_of(model), rel=1e-5)
+        clip(model, norm, *args)
+        norms.append((norm, norm_of(model)))
     monkeypatch.setattr(train, "clip_gradients", spy)
     run("--steps", 3)
-    assert len(norms) == 3 and max(norms) <= 1.0001 and min(norms) > 0.2
+    assert len(norms) == 3 and max(before for before, _ in norms) > 1
+    assert all(after == pytest.approx(min(1, before), rel=1e-4) for before, after in norms)
 
 
 ########################################
 #        Equal, however it is run      #
 ########################################
 
-def test_accumulation_over_1_2_and_4_micro_steps_is_alike(run):
+def test_accumulation_over_1_2_and_4_micro_steps_is_alike(run, float64):
     runs = [run("--steps", 8, "--batch_size", size, *SMALL_STEPS, out=f"batch-{size}") for size in (8, 4, 2)]
     for other in runs[1:]:
-        assert largest_difference(weights(runs[0]), weights(other)) < 1e-5
+        assert largest_difference(weights(runs[0]), weights(other)) < 1e-9
         for a, b in zip(records(runs[0]), records(other)):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-9)
 
 
 def test_stop_and_resume_is_bit_for_bit_the_run_that_was_not_stopped(run):
@@ -154,7 +156,7 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_was_not_stopped(run):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_a_resume_from_a_torn_log_writes_each_step_once(run):
+def test_a_resume_from_a_torn_log_writes_each_step_once(run, float64):
     whole = run("--steps", 12, *SMALL_STEPS, out="whole")
     out = run("--steps", 12, "--stop_at", 6, *SMALL_STEPS, out="parts")
     with open(out / "log.jsonl", "a") as log:  # as a kill between two checkpoints leaves it
@@ -162,64 +164,30 @@ def test_a_resume_from_a_torn_log_writes_each_step_once(run):
     train.main(["--resume", "--out", str(out), "--batch_size", "2", "--spectra_every", "1"])
     assert ([row["step"] for row in records(out)] == list(range(1, 13))
             and max(r["loss"] for r in records(out)) < 9)
-    assert largest_difference(weights(whole), weights(out)) < 1e-5
+    assert largest_difference(weights(whole), weights(out)) < 1e-9
 
 
-def torchrun(corpus, out, ranks, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               "train.py"]
-    return subprocess.run([*command, *TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)],
-                          cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists the threads of a process in /proc")
-def test_no_thread_of_the_process_group_outlives_a_run(corpus, tmp_path):
-    """One that does may want the interpreter's lock while it goes, and abort a run that has ended well."""
-    (tmp_path / "run.py").write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        f"train.main({[*TINY, '--steps', '1', '--data', str(corpus), '--out', str(tmp_path / 'out')]})\n"
-        "names = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
-        "sys.exit(f'left: {names}' if any('gloo' in name for name in names) else 0)\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", tmp_path / "run.py"], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-
-
-def test_two_ranks_equal_one_process_and_each_other(run, corpus, tmp_path):
-    """20 steps of 2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last
-    micro-step."""
-    flags = ["--steps", 20, "--eval_every", 10, *SMALL_STEPS]
-    one = run(*flags, out="one")
-    done = torchrun(corpus, tmp_path / "two", 2, *flags, "--batch_size", 2)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_equal_one_process_and_each_other(corpus, tmp_path):
+    """2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step. After
+    it no thread of the process group is left, which now and then would abort the interpreter's exit."""
+    flags = ["--data", corpus, "--steps", 12, "--eval_every", 6]
+    torchrun(tmp_path, 1, [*flags, "--out", tmp_path / "one"])
+    done = torchrun(tmp_path, 2, [*flags, "--batch_size", 2, "--out", tmp_path / "two"], after="""
+import os, torch
+model = [x for x in __import__("gc").get_objects() if type(x).__name__ == "Llama" and not x.head.weight.is_meta]
+assert len(model) == 1
+torch.save(model[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
+tasks = "/proc/self/task"
+names = [open(f"{tasks}/{task}/comm").read() for task in os.listdir(tasks)] if os.path.isdir(tasks) else []
+assert not any("gloo" in name for name in names), names
+""")
     assert "2 sequences x 32 tokens x 2 rank(s) x 2 micro-step(s) = 256 tokens a step" in done.stdout
-    assert largest_difference(weights(one), weights(tmp_path / "two")) < 1e-5
-    for a, b in zip(records(one), records(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert weights(tmp_path / "one")["head.weight"].dtype == torch.float64
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-9
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-9)
         if a["val_loss"]:
-            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
-
-
-def test_ranks_stay_bit_identical(corpus, tmp_path):
-    code = f"""
-import os, sys, torch, methods, train
-kept = []
-assigned = methods.assert_assigned
-methods.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
-train.main({[*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "6",
-             "--batch_size", "2"]!r})
-torch.save(kept[0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"] + ".pt")
-"""
-    (tmp_path / "both.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(tmp_path / "both.py")],
-                          capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-9)
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(zero[name], one[name]) for name in zero)
 
@@ -302,24 +270,25 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
 @pytest.mark.parametrize("flags, fragments", [
     (["--rank_rato", "0.5"], ["--rank_rato", "--rank_ratio"]), (["--step", "3"], ["--step", "--steps"]),
     (["--no-renorm"], ["--no-renorm", "--no-renormalize"]), (["extra"], ["extra"]),
-    (["--rank_ratio", "0"], ["rank_ratio is 0", "(0, 1]"]), (["--rank_ratio", "1.5"], ["rank_ratio is 1.5"]),
+    (["--rank_ratio", "0"], ["--rank_ratio 0", "(0, 1]"]), (["--rank_ratio", "1.5"], ["--rank_ratio", "1.5"]),
     (["--tokens_per_step", "1000"], ["--tokens_per_step 1000", "--tokens_per_step 1024"]),
     (["--batch_size", "3"], ["--batch_size 3", "16 sequences", "--batch_size 2"]),
     (["--method", "adamw", "--no-orthogonalize"],
      ["--no-orthogonalize does not apply to --method adamw", "spectron"]),
     (["--method", "dense", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method dense"]),
     (["--method", "dense-adamw", "--ns_steps", "3"], ["--ns_steps", "spectron or dense"]),
-    (["--no-orthogonalize", "--ns_steps", "3"], ["--ns_steps has no effect with --no-orthogonalize"]),
-    (["--seed", str(2**70)], ["--seed", "2^63"]),
+    (["--no-orthogonalize", "--ns_steps", "3"], ["--ns_steps has no effect without --orthogonalize"]),
+    (["--seed", str(2**70)], ["--seed", "whole number"]),
     (["--resume", "--overwrite", "--out", "x"], ["--overwrite"]),
-    (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum is 1"]),
-    (["--steps", "0"], ["--steps is 0"]), (["--lr", "-1"], ["--lr is -1"]),
-    (["--lr", "nan"], ["--lr is nan"]), (["--data", "nowhere"], ["nowhere", "python data.py text"]),
+    (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum", "below 1"]),
+    (["--steps", "0"], ["--steps", "at least 1"]), (["--lr", "-1"], ["--lr", "at least 0"]),
+    (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "inf"], ["--lr", "inf"]), (["--data", "nowhere"], ["nowhere", "python -m tools.prepare text"]),
     (["--size", "S"], ["data/fineweb", "tools.download"]),
     (["--spectra_of", "blocks.9.x"], ["blocks.9.x", "blocks.2.attention.o_proj"]),
     (["--size", "XL"], ["XL", "nano"]),
     (["--resume"], ["--out"]), (["--resume", "--out", "nowhere"], ["nowhere", "python train.py"]),
-    (["--method", "muon"], ["muon", "spectron"]), (["--steps", "many"], ["many"])])
+    (["--method", "muon"], ["--method muon", "baselines/muon.py", "--help"]), (["--out", ""], ["--out is empty"]),
+    (["--data", ""], ["--data is empty"]), (["--steps", "many"], ["many"])])
 def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, monkeypatch, flags, fragments):
     monkeypatch.chdir(tmp_path)
     fails(train.main, flags, *fragments)
@@ -342,16 +311,50 @@ def test_a_directory_that_has_something_in_it_is_kept(run, fails, corpus, tmp_pa
     assert [row["step"] for row in records(out)] == [1, 2]
 
 
-def test_resume_refuses_other_data(run, fails, corpus, tmp_path):
+def test_resume_takes_data_that_has_moved_and_refuses_other_data(run, fails, corpus, tmp_path):
     (tmp_path / "d").symlink_to(corpus)
     out = run("--steps", 4, "--stop_at", 2, "--data", tmp_path / "d")
     (tmp_path / "d").unlink()
-    fails(train.main, ["--resume", "--out", out], str(tmp_path / "d"), "python data.py text")
-    data.write_corpus([f"other {i} " * 99 for i in range(99)], "bytes", tmp_path / "d", "test", quiet=True)
-    fails(train.main, ["--resume", "--out", out], "put those shards back")
+    fails(train.main, ["--resume", "--out", out], tmp_path / "d", "tools.prepare text", "--data",
+          "--tokenizer bytes")
+    fails(evaluation.main, [out], tmp_path / "d", "--data")
+    train.main(["--resume", "--out", str(out), "--data", str(corpus), "--stop_at", "3"])
+    assert records(out)[-1]["step"] == 3
+    other = [f"other {i} " * 99 for i in range(99)]
+    prepare.write_corpus(other, "bytes", tmp_path / "d", "test", quiet=True)
+    fails(train.main, ["--resume", "--out", out, "--data", tmp_path / "d"], "put those shards back")
     (tmp_path / "d" / "meta.json").write_text('{"tokenizer": "gpt2"}')
-    fails(train.main, ["--resume", "--out", out], "made with tokenizer 'gpt2'", "trained with 'bytes'")
-    fails(evaluation.main, [out], "made with tokenizer 'gpt2'", "'bytes'")
+    fails(train.main, ["--resume", "--out", out, "--data", tmp_path / "d"], "made with tokenizer 'gpt2'",
+          "'bytes' is needed")
+    fails(evaluation.main, [out, "--data", tmp_path / "d"], "made with tokenizer 'gpt2'", "'bytes'")
+
+
+def test_eval_reads_validation_shards_alone(run, corpus, tmp_path):
+    out = run("--steps", 1)
+    (tmp_path / "val").mkdir()
+    for name in "val_000000.bin", "meta.json":
+        (tmp_path / "val" / name).symlink_to(corpus / name)
+    evaluation.main([str(out), "--data", str(tmp_path / "val"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("left", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "x"},
+                                  {"RANK": "1", "WORLD_SIZE": "2"}, {"MASTER_ADDR": "host"}])
+def test_an_environment_left_over_from_elsewhere_changes_nothing(run, monkeypatch, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert records(run("--steps", 1))[-1]["step"] == 1
+
+
+def test_a_run_survives_a_foreign_plot_backend_and_a_terminal_without_utf8(corpus, tmp_path):
+    """As a notebook's child or a Latin-1 terminal starts it; and no run begins with a warning."""
+    out = tmp_path / "r\u00fcn"
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *TINY, "--data", corpus, "--steps", "2", "--out", out], text=True,
+        capture_output=True, encoding="latin-1", env={
+            **os.environ, "MPLBACKEND": "module://not_here", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
+            "LC_ALL": "C", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (out / "loss.png").stat().st_size > 1000 and "r?n" in done.stdout
 
 
 def test_unnamed_runs_get_the_next_free_directory(corpus, tmp_path, monkeypatch):
@@ -405,8 +408,8 @@ def test_out_that_can_not_be_made_is_one_message(fails, corpus, tmp_path):
 ########################################
 
 def optimizers_of(*flags):
-    c = settings.resolve(settings.parse([*TINY, *map(str, flags)], ""), 1)
-    return methods.METHODS[c.method].optimizers(Llama(LlamaConfig(**c.model)), c)
+    c = train.resolve(train.parse([*TINY, *map(str, flags)]))
+    return train.METHODS[c.method].optimizers(Llama(LlamaConfig(**c.model)), c)
 
 
 def test_every_flag_of_spectron_reaches_it():
@@ -431,7 +434,7 @@ def test_every_flag_of_the_other_methods_reaches_its_optimizer():
     muon, adam = optimizers_of("--method", "dense", *given, "--no-nesterov", "--adam_lr", 0.004)
     group = muon.param_groups[0]
     assert {key: group[key] for key in flags} == flags and group["nesterov"] is False
-    assert isinstance(muon, torch.optim.Muon) and adam.param_groups[0]["lr"] == 0.004
+    assert isinstance(muon, train.Muon) and adam.param_groups[0]["lr"] == 0.004
     spectron, muon, adam = optimizers_of("--factorize", "ffn", "--lr", 0.3, "--muon_lr", 0.05)
     assert (spectron.param_groups[0]["lr"], muon.param_groups[0]["lr"]) == (0.3, 0.05)
     assert [len(o.param_groups[0]["params"]) for o in (spectron, muon)] == [2 * 3 * 4, 4 * 4]
@@ -449,40 +452,38 @@ def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
     assert seen == [64, 100_000_000]
 
 
-def test_the_best_learning_rates_that_are_printed_are_those_of_the_table():
+def test_the_default_learning_rates_at_nano_are_the_best_of_the_table():
     best = {arm["arm"]: arm["best_lr"]
             for arm in json.loads((ROOT / "results/fig12/nano/table.json").read_text())["arms"]}
-    corners = {"spectron": (True, True), "orthogonalize": (True, False), "renormalize": (False, True),
-               "neither": (False, False)}
-    for name, corner in corners.items():
-        assert settings.NANO_CORNERS[corner] == best[name]
-    for name in methods.names():
-        assert methods.find(name).nano_lr == best[name]
-    assert methods.find("self-guided", {"optimizer": "muon"}).nano_lr == best["self-guided-muon"]
+    assert {name: method.nano_lr for name, method in train.METHODS.items()} == {
+        name: best[name] for name in train.METHODS}
 
 
-def test_the_peak_of_a_gpu_is_known_or_not_said():
-    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-             "NVIDIA L4": 121e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA GeForce RTX 4090": 165e12,
-             "NVIDIA L40": None,
-             "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 3090 Ti": None, "Tesla T4": None}
-    assert {gpu: train.peak_flops(gpu) for gpu in known} == known
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs_muon_up_to_the_rounding_of_its_products(shape, nesterov):
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    settings = dict(lr=0.1, momentum=0.9, nesterov=nesterov, ns_steps=5, weight_decay=0.1)
+    start, one, other = ours.detach().clone(), train.Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()  # theirs is rounded to 8 bits
 
 
 ########################################
 #          Plans, scores, figures      #
 ########################################
 
-@pytest.mark.parametrize("size", [*settings.SIZES])
-def test_a_dry_run_resolves_everything_and_trains_nothing(capsys, tmp_path, monkeypatch, size):
+def test_a_dry_run_trains_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(["--size", size, "--dry_run"])
+    train.main(["--size", "S", "--dry_run"])
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("parameters", "FLOPs", "tokens a step", "shard", "gradients",
-                                            "optimizer"))
+    assert all(word in printed for word in ("121,7", "2,556 steps", "27 shard(s)", "FLOPs", "tokens a step"))
     assert os.listdir(tmp_path) == []
-    if size == "S":
-        assert "121,7" in printed and "2,556 steps" in printed and "27 shard(s)" in printed
 
 
 def test_eval_repeats_the_score_of_the_run(run, capsys, tmp_path):
@@ -492,19 +493,3 @@ def test_eval_repeats_the_score_of_the_run(run, capsys, tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["val_loss"] == pytest.approx(records(out)[-1]["val_loss"], abs=1e-6)
     assert f"val_loss: {scores['val_loss']}" in capsys.readouterr().out
-
-
-def test_plot_draws_runs_labelled_by_what_differs(run, tmp_path, fails):
-    runs = [str(run("--steps", 3, "--lr", lr, out=f"lr-{lr}")) for lr in (0.1, 0.2)]
-    other = str(run("--steps", 3, "--no-renormalize", out="orth"))
-    configs = [plot.read_log(path)[0]["config"] for path in [*runs, other]]
-    assert plot.labels(configs[:2]) == ["lr 0.1", "lr 0.2"]
-    assert plot.labels([configs[0], configs[2]]) == ["spectron", "no renormalize"]
-    assert plot.labels([configs[0], configs[0]]) == [f"spectron ({runs[0]})"] * 2
-    assert plot.labels(configs[:1]) == ["spectron"]
-    for x in ("step", "tokens", "flops", "seconds"):
-        for y in ("val_loss", "loss", "dW", "W", "gauge"):
-            plot.main([*runs, "-o", str(tmp_path / "fig.png"), "--x", x, "--y", y])
-    assert (tmp_path / "fig.png").stat().st_size > 5000
-    (tmp_path / "log.jsonl").write_text(json.dumps({"config": configs[0]}) + "\n")
-    fails(plot.main, [tmp_path / "log.jsonl", "-o", tmp_path / "x.png"], "no steps")

@@ -1,29 +1,25 @@
 """Text from a run, streamed as it is drawn.
 
-    python sample.py out/run --prompt "def " --tokens 200 --temperature 0.8 --top_k 50 --seed 1 -n 3
-    echo "def main" | python sample.py out/run --prompt -
-    python sample.py out/run --bench          tokens per second of these factors, and of dense weights
+    python -m tools.sample out/run --prompt "def " --tokens 200 --temperature 0.8 --top_k 50 --seed 1 -n 3
+    echo "def main" | python -m tools.sample out/run --prompt -
+    python -m tools.sample out/run --bench          tokens per second of these factors, and of dense weights
 """
 
 import codecs
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
-from cli import UserError
-from eval import load_run
-from kernels import causal_attention
-from model import Llama
-from settings import choose_device
+from data import Parser, UserError, command, encode, number, positive
+from eval import choose_device, load_run
+from model import Llama, causal_attention
 
 
 class KVCache:
-    """Keys, turned by RoPE, and values of one block, (B, H, seq_len, head_dim): attention of what is new to
-    all that it was called with before, in place of causal_attention."""
+    """The keys (after RoPE) and values of one block, (B, H, seq_len, head_dim). Called in place of causal
+    attention, it lets new tokens attend to all the tokens before them."""
 
     def __init__(self, model: Llama, rows: int):
         c, like = model.config, model.head.weight
@@ -41,11 +37,11 @@ class KVCache:
 
 
 class Decoder:
-    """Logits of the next token, (rows, V), from calls with tokens (rows, T), the first call also with (1, T)
-    for all rows alike; each token goes through the model once, low-rank weights as factors.
+    """decoder(tokens) appends tokens (rows, T) to its texts, and returns the logits of the next one,
+    (rows, V). The first call may have one row, which is then the beginning of all texts.
 
-    When seq_len is full, the caches are made again from the last seq_len // 2 tokens, as if the text began
-    there.
+    Each token goes through the model once. When seq_len is full, the caches are made again from the last
+    seq_len // 2 tokens, as if the text began there.
     """
 
     def __init__(self, model: Llama, rows: int = 1):
@@ -101,18 +97,19 @@ def texts(tokenizer, steps, n: int):
 
 
 def read_prompt(given: str | None, tokenizer, seq_len: int) -> tuple[str, list[int]]:
-    """The prompt, "-" being standard input, and its tokens after an end-of-text; None starts a document.
-    UserError for one that is empty, no text, or too long."""
+    """(prompt, its tokens after an end-of-text). "-" reads standard input; None starts a document. UserError
+    for a prompt that is empty, no text, or too long."""
     if given == "-":
         try:
             given = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 text: {error}") from None
+    given = given and given.removeprefix("\ufeff")  # a byte-order mark
     if given == "":
         raise UserError("the prompt is empty; to start a new document, leave --prompt out")
     if given and given != given.encode("utf-8", "replace").decode("utf-8"):
         raise UserError("--prompt is not UTF-8 text; give it by standard input: --prompt -")
-    tokens = [tokenizer.eot_token] + tokenizer.encode_ordinary(given or "")
+    tokens = [tokenizer.eot_token, *encode(tokenizer, given or "").tolist()]
     if len(tokens) > seq_len:
         raise UserError(f"the prompt has {len(tokens) - 1:,} tokens, and this model's context of {seq_len:,} "
                         f"has room for {seq_len - 1:,}: give the end of it, e.g. its last "
@@ -120,19 +117,19 @@ def read_prompt(given: str | None, tokenizer, seq_len: int) -> tuple[str, list[i
     return given or "", tokens
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--prompt", help="text to go on from; - reads it from standard input (none: the "
                         "start of a document)")
-    parser.add_argument("--tokens", type=cli.positive, default=200, help="tokens to draw (200)")
-    parser.add_argument("--temperature", type=cli.number(float, math.inf), default=0.8,
+    parser.add_argument("--tokens", type=positive, default=200, help="tokens to draw (200)")
+    parser.add_argument("--temperature", type=number(), default=0.8,
                         help="0 always takes the likeliest (0.8)")
-    parser.add_argument("--top_k", type=cli.positive, default=50, help="draw among this many (50)")
-    parser.add_argument("--seed", type=cli.number(int, 2**62), default=1,
+    parser.add_argument("--top_k", type=positive, default=50, help="draw among this many (50)")
+    parser.add_argument("--seed", type=number(2**62, int), default=1,
                         help="of the first text; the next has seed + 1 (1)")
-    parser.add_argument("-n", type=cli.positive, default=1, help="texts to draw; the first is streamed (1)")
+    parser.add_argument("-n", type=positive, default=1, help="texts to draw; the first is streamed (1)")
     parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of weights and cache (float32)")
@@ -146,19 +143,18 @@ def main(argv=None):
         if model.config.rank_ratio is None:
             raise UserError(f"{args.run} has dense weights, and --bench compares factors with them: "
                             "name a low-rank run")
-        from tools import bench  # which imports train.py, and that this file
+        from tools import bench
         return print(bench.decoding(model, args.tokens))
     prompt, tokens = read_prompt(args.prompt, tokenizer, model.config.seq_len)
     steps = generate(model, tokens, args.tokens, args.temperature, args.top_k, args.seed, tokenizer.n_vocab,
                      args.n)
-    sys.stdout.reconfigure(errors="replace")  # for what a terminal's encoding does not have
     print(prompt, end="", flush=True)
     others = []
     for first, *rest in texts(tokenizer, steps, args.n):
         print(first, end="", flush=True)
         others.append(rest)
     print()
-    for number, parts in enumerate(zip(*others), 2):
+    for parts in zip(*others):
         print(f"---\n{prompt}{''.join(parts)}")
 
 

@@ -1,0 +1,45 @@
+"""Where a run was made: the CPU, the GPU and its peak, the commit of this code."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+                   "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+                   "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
+
+
+def provenance() -> dict:
+    """Commit, versions and hardware, for the first record of a log."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"git": commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                         "gpu": gpu}}
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty where a .py file differs from it. None without git."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    found = git("rev-parse", "HEAD").stdout.strip() if shutil.which("git") else ""
+    if found and git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode:
+        found += "-dirty"
+    return found or None
+
+
+def peak_flops(gpu: str) -> float | None:
+    """bf16 FLOPs per second of this GPU by its data sheet; None for one that is not in the table."""
+    return next((flops for name, flops in PEAK_BF16_FLOPS.items()
+                 if re.search(rf"\b{name}\b(?! (Laptop|Ti|SUPER|D\b))", gpu)), None)

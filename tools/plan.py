@@ -1,0 +1,46 @@
+"""What a run needs, without running it: `python train.py ... --dry_run`."""
+
+import math
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import data
+import train
+from model import FactorizedLinear, count_parameters, split_parameters
+
+
+def describe(c, model, ranks: int) -> str:
+    """What train.py says at the start, with the tokens, FLOPs and memory of the run. `model` may be on the
+    meta device."""
+    parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
+    flops = train.find_method(c.method, c.method_args).flops_per_token(model)
+    here = Path(c.data).is_dir()
+    windows = data.open_split(c.data, "train", c.seq_len, c.tokenizer).windows if here else 0
+    lines = [*train.describe(c, model, ranks).split("\n"),
+             f"if all were dense: {count_parameters(replace(model.config, rank_ratio=None)):,} parameters",
+             f"tokens: {c.steps:,} steps, {tokens:,} tokens, {math.ceil(tokens / data.SHARD_TOKENS)} shard(s) "
+             "of 100M" + (f", {tokens / (windows * c.seq_len):.2f} epochs of {c.data}" if here else ""),
+             f"FLOPs: {round(flops):,} a token in the first step, {flops * tokens:.3e} at that rate in all "
+             f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
+             "memory per device: " + memory(c, model)]
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
+                     for line in lines)
+
+
+def memory(c, model) -> str:
+    """Bytes on one device. Weights, gradients and optimizer state are exact for the core methods; activations
+    are an estimate."""
+    pairs, dense, others = split_parameters(model)
+    matrices = sum(p.numel() for p in [*dense, *(p for pair in pairs for p in pair)])
+    total = matrices + sum(p.numel() for p in others)
+    width, D = 2 if c.dtype == "bfloat16" else 4, c.model["dim"]
+    ranks = sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
+    per_token = (c.model["n_layers"] * (16 * D  # the residuals, in fp32
+                                        + width * (7 * D + 4 * model.config.hidden))
+                 + width * ranks + (width + 4) * c.model["vocab_size"])  # logits, and in fp32 for the loss
+    parts = {"weights": 4 * total, "gradients": 4 * total,
+             "optimizer": (4 if c.method in ("spectron", "dense") else 8) * matrices + 8 * (total - matrices),
+             "activations, about": per_token * c.batch_size * c.seq_len}
+    return (", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
+            + f"; {sum(parts.values()) / 1e9:.1f} GB")
