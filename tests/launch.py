@@ -10,16 +10,15 @@ FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)\n"
 
 
 def torchrun(where, ranks: int, flags, before: str = FLOAT64, after: str = "") -> None:
-    """train.main(TINY + flags) on so many gloo ranks, one thread each. It runs in float64 unless `before` says
-    otherwise: sums over ranks and over micro-steps round in another order, and optimizers like Adam turn the
+    """train.main(TINY + flags) on so many gloo ranks, one thread each. It runs in float64 unless `before`
+    says otherwise: sums over ranks and over micro-steps round in another order, and optimizers like Adam turn the
     rounding of a tiny gradient into a whole step."""
     script = where / f"rank_of_{ranks}.py"
     argv = [*TINY, *map(str, flags)]
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}import train\n"
                       f"train.main({argv!r})\n{after}")
-    command = [sys.executable, str(script)] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True,
+    ranked = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *ranked, str(script)], cwd=where, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done

@@ -16,7 +16,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
-from launch import torchrun
+from launch import FLOAT64, torchrun
 from model import Llama, LlamaConfig, split_parameters
 from spectron import Spectron
 from tools import plot, prepare, sample
@@ -144,7 +144,7 @@ def test_accumulation_over_1_2_and_4_micro_steps_is_alike(run, float64):
     for other in runs[1:]:
         assert largest_difference(weights(runs[0]), weights(other)) < 1e-9
         for a, b in zip(records(runs[0]), records(other)):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-9)
+            assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)  # a loss is a float32: of 6, 5e-7 apart
 
 
 def test_stop_and_resume_is_bit_for_bit_the_run_that_was_not_stopped(run):
@@ -168,26 +168,29 @@ def test_a_resume_from_a_torn_log_writes_each_step_once(run, float64):
 
 
 def test_two_ranks_equal_one_process_and_each_other(corpus, tmp_path):
-    """2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step. After
-    it no thread of the process group is left, which now and then would abort the interpreter's exit."""
+    """2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step. In
+    the end no thread of the process group is left: now and then it would abort the interpreter's exit."""
     flags = ["--data", corpus, "--steps", 12, "--eval_every", 6]
     torchrun(tmp_path, 1, [*flags, "--out", tmp_path / "one"])
-    done = torchrun(tmp_path, 2, [*flags, "--batch_size", 2, "--out", tmp_path / "two"], after="""
+    before = FLOAT64 + """import train
+kept, assigned = [], train.assert_assigned
+train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
+"""
+    done = torchrun(tmp_path, 2, [*flags, "--batch_size", 2, "--out", tmp_path / "two"], before, after="""
 import os, torch
-model = [x for x in __import__("gc").get_objects() if type(x).__name__ == "Llama" and not x.head.weight.is_meta]
-assert len(model) == 1
-torch.save(model[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
+torch.save(kept[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
 tasks = "/proc/self/task"
 names = [open(f"{tasks}/{task}/comm").read() for task in os.listdir(tasks)] if os.path.isdir(tasks) else []
 assert not any("gloo" in name for name in names), names
 """)
+    assert "Warning" not in done.stderr
     assert "2 sequences x 32 tokens x 2 rank(s) x 2 micro-step(s) = 256 tokens a step" in done.stdout
     assert weights(tmp_path / "one")["head.weight"].dtype == torch.float64
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-9
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-9)
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)
         if a["val_loss"]:
-            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-9)
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-6)
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(zero[name], one[name]) for name in zero)
 
@@ -195,7 +198,7 @@ assert not any("gloo" in name for name in names), names
 def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(run, corpus):
     out = run("--steps", 3, "--eval_every", 3)
     model, tokenizer, config = evaluation.load_run(out)
-    training, val, _ = data.open_data(corpus, 32)
+    val = data.open_split(corpus, "val", 32, "bytes")
     lengths = data.token_bytes(tokenizer)
     scores = [evaluation.validate(model, val, 10**9, size, "float32", lengths) for size in (1, 7, 64)]
     x, y = val.read(range(val.windows))
@@ -280,14 +283,17 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
     (["--no-orthogonalize", "--ns_steps", "3"], ["--ns_steps has no effect without --orthogonalize"]),
     (["--seed", str(2**70)], ["--seed", "whole number"]),
     (["--resume", "--overwrite", "--out", "x"], ["--overwrite"]),
-    (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]), (["--momentum", "1"], ["--momentum", "below 1"]),
+    (["--muon_lr", "0.1"], ["--muon_lr", "--factorize ffn"]),
+    (["--momentum", "1"], ["--momentum", "below 1"]),
     (["--steps", "0"], ["--steps", "at least 1"]), (["--lr", "-1"], ["--lr", "at least 0"]),
-    (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "inf"], ["--lr", "inf"]), (["--data", "nowhere"], ["nowhere", "python -m tools.prepare text"]),
+    (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "inf"], ["--lr", "inf"]),
+    (["--data", "nowhere"], ["nowhere", "python -m tools.prepare text"]),
     (["--size", "S"], ["data/fineweb", "tools.download"]),
     (["--spectra_of", "blocks.9.x"], ["blocks.9.x", "blocks.2.attention.o_proj"]),
     (["--size", "XL"], ["XL", "nano"]),
     (["--resume"], ["--out"]), (["--resume", "--out", "nowhere"], ["nowhere", "python train.py"]),
-    (["--method", "muon"], ["--method muon", "baselines/muon.py", "--help"]), (["--out", ""], ["--out is empty"]),
+    (["--method", "muon"], ["--method muon", "baselines/muon.py", "--help"]),
+    (["--out", ""], ["--out is empty"]),
     (["--data", ""], ["--data is empty"]), (["--steps", "many"], ["many"])])
 def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, monkeypatch, flags, fragments):
     monkeypatch.chdir(tmp_path)
@@ -354,7 +360,7 @@ def test_a_run_survives_a_foreign_plot_backend_and_a_terminal_without_utf8(corpu
             **os.environ, "MPLBACKEND": "module://not_here", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
             "LC_ALL": "C", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert (out / "loss.png").stat().st_size > 1000 and "r?n" in done.stdout
+    assert (out / "loss.png").stat().st_size > 1000 and "r?" in done.stdout
 
 
 def test_unnamed_runs_get_the_next_free_directory(corpus, tmp_path, monkeypatch):
@@ -465,7 +471,7 @@ def test_muon_is_torchs_muon_up_to_the_rounding_of_its_products(shape, nesterov)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
     settings = dict(lr=0.1, momentum=0.9, nesterov=nesterov, ns_steps=5, weight_decay=0.1)
-    start, one, other = ours.detach().clone(), train.Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    one, other, start = train.Muon([ours], **settings), torch.optim.Muon([theirs], **settings), ours.detach().clone()
     for _ in range(4):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()

@@ -1,0 +1,53 @@
+"""What a GPU will need and a CPU can show: one compiled graph, and a whole step on fake CUDA tensors."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+from launch import torchrun
+from tools import plot
+
+SMALL = """import dataclasses, model
+model.SIZES["nano-0.6M"] = dataclasses.replace(model.SIZES["nano-0.6M"], n_layers=1)
+"""
+COMPILE = """import torch, torch._dynamo
+torch._dynamo.config.error_on_recompile = True
+real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True)
+"""
+needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
+
+
+@needs_gcc
+def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(corpus, tmp_path):
+    """Through train.py, on one rank and on two with no_sync, with validation, the probe and a sample between."""
+    flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
+             "--data", corpus]
+    runs = {"plain": (1, [], ""), "compiled": (1, ["--compile"], COMPILE),
+            "ranks": (2, ["--compile", "--batch_size", 2], COMPILE)}
+    losses = {}
+    for name, (ranks, more, before) in runs.items():
+        torchrun(tmp_path, ranks, [*flags, *more, "--out", tmp_path / name], SMALL + before)
+        losses[name] = [(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
+    for name in "compiled", "ranks":
+        for found, expected in zip(losses[name], losses["plain"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+@needs_gcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+def test_a_step_on_a_gpu_stays_on_it_and_waits_for_it_once(tmp_path):
+    """On fake CUDA tensors a tensor on the wrong device is an error. The one wait is for the norm to clip by."""
+    found, library = Path(torch.__file__).parent, tmp_path / "fake_cuda.so"
+    built = subprocess.run(
+        ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{found}/include", ROOT / "tests/fake_cuda.cpp", "-o", library,
+         f"-L{found}/lib", "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"this torch has other headers: {built.stderr[-200:]}")
+    done = subprocess.run([sys.executable, ROOT / "tests/fake_cuda_step.py", library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "waits: ['tolist']; blocking copies: []\n"
