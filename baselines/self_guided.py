@@ -1,29 +1,26 @@
 """Self-guided training (Wei et al. 2024; the paper's Appendix C): o = alpha W x + (1 - alpha) A (B^T x).
 
-A dense W, trained with the factors, leads while alpha falls from 1 to 0, as a cosine over the first half of
-the steps. Then W goes, with its optimizer, and what is left is a plain low-rank model.
+A dense W is trained together with the factors and leads them, while alpha falls from 1 to 0 as a cosine over
+the first half of the steps. Then W and its optimizer are dropped, and a plain low-rank model is left.
 
     python train.py --method self-guided
     python train.py --method self-guided --method_args optimizer=muon init=dense stochastic=true
 
-FLOPs are counted as they are executed. W is there for half of the steps, so a run costs 50% of the dense
-matrices' FLOPs beside the factors', and 25% stochastic, where W is used with probability alpha, 1/2 on
-average. Of the factors' own, at a rank ratio of 0.25, that is 93% and 46% at nano (96% and 48% at S), and of
-all FLOPs at S, with the head for 32,000 tokens and attention, 48% and 24%. The paper's "25% relative to using
-solely the factorized parameterization" can be the stochastic variant in the first sense or in the last.
+FLOPs are counted as they are executed. W is there for half of the steps, so a run costs half of the dense
+matrices' FLOPs on top of the factors'. With stochastic=true W is used with probability alpha, which is 1/2 on
+average, so it costs a quarter.
 """
 
 import math
 import random
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon
-from model import FactorizedLinear, split_parameters, uniform_weight
+from model import FactorizedLinear, Llama, split_parameters
+from train import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon
 
 
 class SelfGuidedLinear(FactorizedLinear):
@@ -39,8 +36,10 @@ class SelfGuidedLinear(FactorizedLinear):
         if not self.W.is_meta:
             with torch.no_grad():
                 if init == "dense":
-                    self.set_weight(W := uniform_weight(in_features, out_features))
-                self.W.copy_(W if init == "dense" else self.A @ self.B.T)
+                    nn.init.uniform_(self.W, -in_features**-0.5, in_features**-0.5)
+                    self.set_weight(self.W)
+                else:
+                    self.W.copy_(self.A @ self.B.T)
 
     def lead(self, alpha: float, skips: list[bool]) -> None:
         """For one step: the weight of W, and whether each micro-step leaves it out."""
@@ -92,6 +91,12 @@ def before_step(model: nn.Module, optimizers: list, c, step: int, stochastic: bo
     return True
 
 
+def flops_per_token(model: nn.Module) -> float:
+    """As the model counts them, without the guides that this step leaves out."""
+    idle = sum(layer.idle for layer in model.modules() if isinstance(layer, SelfGuidedLinear))
+    return Llama.flops_per_token(model) - 6 * idle
+
+
 def build_optimizers(model: nn.Module, c, update) -> list:
     pairs, dense, others = split_parameters(model)
     guides = [layer.W for layer in model.modules() if isinstance(layer, SelfGuidedLinear)]
@@ -101,11 +106,16 @@ def build_optimizers(model: nn.Module, c, update) -> list:
             *([update(guides, c.lr, c)] if guides else [])]
 
 
-def method(init: Literal["product", "dense"] = "product", optimizer: Literal["adamw", "muon"] = "adamw",
-           stochastic: bool = False) -> Method:
-    """AdamW on A, B and W as in Table 1, or Muon, Figure 12's other curve."""
+def method(init: str = "product", optimizer: str = "adamw", stochastic: bool = False) -> Method:
+    """init: product or dense; optimizer: AdamW on A, B and W as in Table 1, or muon, Figure 12's other curve.
+    ValueError for another value."""
+    choices = {"init": (init, ("product", "dense")), "optimizer": (optimizer, ("adamw", "muon")),
+               "stochastic": (stochastic, (False, True))}
+    for name, (value, allowed) in choices.items():
+        if value not in allowed or isinstance(value, bool) != (name == "stochastic"):
+            raise ValueError(f"{name}={value}, expected {' or '.join(f'{name}={x}' for x in allowed)}")
     update, lr = {"adamw": (adamw, 1e-3), "muon": (muon, 0.02)}[optimizer]
     return Method(partial(build_optimizers, update=update), lr, lr,
                   LOW_RANK_FLAGS + (MUON_FLAGS if optimizer == "muon" else ()),
-                  linear=partial(SelfGuidedLinear, init=init),
+                  linear=partial(SelfGuidedLinear, init=init), flops_per_token=flops_per_token,
                   before_step=partial(before_step, stochastic=stochastic), compiles=False)

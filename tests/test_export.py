@@ -15,9 +15,8 @@ import torch
 
 import data
 import eval as evaluation
-import sample
 from conftest import ROOT
-from tools import export
+from tools import export, sample
 
 TEXTS = ["def f(x):\n    return x + 1\n",
          "It's a film, isn't it?  Two  spaces,\ttabs \n\n and 12345 numbers.",
@@ -77,7 +76,7 @@ def test_the_tokenizer_is_ours(runs, tmp_path):
             tokens = ours.encode_ordinary(text)
             assert theirs.encode(text, add_special_tokens=False) == tokens
             assert theirs.decode(tokens) == text
-        assert theirs.encode(f"a{data.SEPARATOR}b")[1:2] == [ours.eot_token]
+        assert theirs.encode(f"a{data.END_OF_TEXT}b")[1:2] == [ours.eot_token]
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "r50k_base", "p50k_base"])
@@ -88,10 +87,10 @@ def test_every_tokenizer_that_is_written_reads_as_it_did(name):
     except data.UserError:
         pytest.skip(f"{name}'s files are not here: set TIKTOKEN_CACHE_DIR")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(export.tokenizer_files(ours)["tokenizer.json"]))
-    assert theirs.token_to_id(data.SEPARATOR) == ours.eot_token and theirs.get_vocab_size() == ours.n_vocab
+    assert theirs.token_to_id(data.END_OF_TEXT) == ours.eot_token and theirs.get_vocab_size() == ours.n_vocab
     python = (ROOT / "train.py").read_text()
     for text in [*TEXTS, *(python[i:i + 200] for i in range(0, len(python), 200))]:
-        assert theirs.encode(text).ids == ours.encode_ordinary(text) or data.SEPARATOR in text
+        assert theirs.encode(text).ids == ours.encode_ordinary(text) or data.END_OF_TEXT in text
 
 
 def test_factors_multiply_to_the_weights(run, tmp_path):

@@ -1,8 +1,8 @@
-"""methods.py and baselines/: self-guided training against its equations; a house that stands without it."""
+"""How --method finds a method; self-guided training against its equations; a house that stands without
+baselines/."""
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -12,17 +12,15 @@ import pytest
 import torch
 
 import eval as evaluation
-import methods
-import plot
-import settings
 import train
 from baselines.self_guided import SelfGuidedLinear, alpha_at, skipped
 from conftest import ROOT, TINY
+from launch import torchrun
 from model import FactorizedLinear, Llama, LlamaConfig, block_matrices
-from tools import export
+from tools import export, plot
 
 GUIDED = ["--method", "self-guided"]
-TINY_LLAMA = LlamaConfig(32, 2, 2, vocab_size=64, seq_len=16)
+SMALL = ["--size", "nano-0.6M"]
 
 
 def saved(out):
@@ -103,18 +101,18 @@ def test_the_guide_is_skipped_with_probability_one_minus_alpha_and_each_place_dr
 
 @pytest.mark.parametrize("args", [["init=dense"], ["optimizer=muon"], ["stochastic=true"]])
 def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
-    out = run(*GUIDED, "--steps", 6, "--method_args", *args)
+    out = run(*SMALL, *GUIDED, "--steps", 6, "--method_args", *args)
     end = saved(out)
     plain = Llama(LlamaConfig(**end["config"]["model"])).state_dict()
     assert len(end["optimizers"]) == 2 and end["model"].keys() == plain.keys()
-    assert end["config"]["method_args"] == methods.parse_args(args)
+    assert end["config"]["method_args"] == dict(map(train.key_and_value, args))
     assert all(row["loss"] < 6 and row["dW"] is not None for row in plot.read_log(out)[1])
 
 
 def test_the_guide_learns_and_its_optimizer_goes_with_it(run):
-    half = saved(run(*GUIDED, "--steps", 8, "--stop_at", 4))
+    half = saved(run(*SMALL, *GUIDED, "--steps", 8, "--stop_at", 4))
     guides = {name: W for name, W in half["model"].items() if name.endswith(".W")}
-    assert len(guides) == 28 and len(half["optimizers"]) == 3
+    assert len(guides) == 14 and len(half["optimizers"]) == 3
     layer = "blocks.0.ffn.up_proj."
     moved = guides[layer + "W"] - half["model"][layer + "A"] @ half["model"][layer + "B"].T
     assert moved.abs().max() > 1e-4
@@ -123,34 +121,29 @@ def test_the_guide_learns_and_its_optimizer_goes_with_it(run):
 @pytest.mark.parametrize("args", [[], ["--method_args", "stochastic=true"], ["--factorize", "ffn"]])
 @pytest.mark.parametrize("stop", [2, 4, 5])  # while guided, at its last step, after it
 def test_stop_and_resume_is_the_run_that_was_not_stopped(run, args, stop):
-    whole = run(*GUIDED, *args, "--steps", 8, out="whole")
-    out = run(*GUIDED, *args, "--steps", 8, "--stop_at", stop)
+    whole = run(*SMALL, *GUIDED, *args, "--steps", 8, out="whole")
+    out = run(*SMALL, *GUIDED, *args, "--steps", 8, "--stop_at", stop)
     train.main(["--resume", "--out", str(out)])
     assert same(saved(whole)["model"], saved(out)["model"])
     timeless = [[{**row, "seconds": 0} for row in plot.read_log(path)[1]] for path in (whole, out)]
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("args", [["init=product"], ["stochastic=true"]])
-def test_two_ranks_equal_one_process(run, corpus, tmp_path, args):
-    flags = [*GUIDED, "--method_args", *args, "--steps", "6", "--lr", "1e-4", "--adam_lr", "1e-4"]
-    one = run(*flags, out="one")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-         *TINY, "--data", str(corpus), "--out", str(tmp_path / "two"), *flags],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    one, two = saved(one)["model"], saved(tmp_path / "two")["model"]
-    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-5
+def test_two_ranks_equal_one_process(corpus, tmp_path):
+    flags = [*SMALL, *GUIDED, "--method_args", "stochastic=true", "--steps", 6, "--data", corpus]
+    for ranks in 1, 2:
+        torchrun(tmp_path, ranks, [*flags, "--out", tmp_path / str(ranks)])
+    one, two = (saved(tmp_path / str(ranks))["model"] for ranks in (1, 2))
+    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-9
 
 
 def test_flops_are_those_that_are_executed(run):
     """The dense products in the first half, all of them or those that were drawn, and none after it."""
-    plain = Llama(LlamaConfig(**saved(run("--steps", 1))["config"]["model"]))
+    plain = Llama(LlamaConfig(**saved(run(*SMALL, "--steps", 1))["config"]["model"]))
     low, tokens = plain.flops_per_token(), 8 * 256
     W = sum(layer.in_features * layer.out_features for layer in block_matrices(plain).values())
     for args in [], ["--method_args", "stochastic=true"]:
-        out = run(*GUIDED, *args, "--steps", 8, out=f"run{len(args)}")
+        out = run(*SMALL, *GUIDED, *args, "--steps", 8, out=f"run{len(args)}")
         spent = plot.read_log(out)[1][-1]["flops"]
         if args:
             names = block_matrices(plain)
@@ -162,7 +155,7 @@ def test_flops_are_those_that_are_executed(run):
 
 
 def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
-    out = run(*GUIDED, "--steps", 8, "--stop_at", 3, "--method_args", "stochastic=true")
+    out = run(*SMALL, *GUIDED, "--steps", 8, "--stop_at", 3, "--method_args", "stochastic=true")
     model, tokenizer, _ = evaluation.load_run(out)
     layer = model.blocks[1].ffn.up_proj
     assert isinstance(layer, SelfGuidedLinear) and float(layer.alpha) == pytest.approx(alpha_at(2, 8))
@@ -172,25 +165,46 @@ def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
 
 
 ########################################
-#             --method_args            #
+#     How a method is found            #
 ########################################
 
 @pytest.mark.parametrize("flags, fragments", [
-    ([*GUIDED, "--method_args", "inti=dense"], ["inti=dense", "init=product|dense", "stochastic=False|True"]),
-    ([*GUIDED, "--method_args", "init=sparse"], ["init=sparse", "product|dense"]),
-    ([*GUIDED, "--method_args", "stochastic=7"], ["stochastic=7", "False|True"]),
+    ([*GUIDED, "--method_args", "inti=dense"], ["inti", "baselines/self_guided.py", "--method_args"]),
+    ([*GUIDED, "--method_args", "init=sparse"], ["init=sparse", "init=product or init=dense"]),
+    ([*GUIDED, "--method_args", "stochastic=7"], ["stochastic=7", "stochastic=True"]),
     ([*GUIDED, "--method_args", "stochastic"], ["stochastic", "key=value"]),
-    (["--method_args", "init=dense"], ["--method spectron has no init", "it has none"]),
+    (["--method_args", "init=dense"], ["--method_args", "--method spectron takes none"]),
     ([*GUIDED, "--compile"], ["--compile does not go with --method self-guided"]),
     ([*GUIDED, "--no-renormalize"], ["--no-renormalize does not apply to --method self-guided"]),
-    (["--method", "self_guided"], ["self-guided"]),
+    (["--method", "not-there"], ["--method not-there", "baselines/not_there.py", "train.py --help"]),
+    (["--method", "../data"], ["--method ../data"]),
 ])
-def test_wrong_arguments_of_a_method_are_refused(fails, flags, fragments):
+def test_wrong_methods_and_arguments_are_refused(fails, flags, fragments):
     fails(train.main, [*flags, "--dry_run"], *fragments)
 
 
+@pytest.mark.parametrize("name, code", [
+    ("my-method", "def method(): pass"), ("mymethod", "x = 1"), ("other", "import not_installed"),
+    ("fourth", "def method(rank): pass")])
+def test_a_baseline_that_cannot_be_used_is_one_message(tmp_path, name, code):
+    """A dash in the file's name; no function method(); a package that is missing; an argument not given."""
+    (tmp_path / "baselines").mkdir()
+    (tmp_path / "baselines" / f"{name}.py").write_text(code + "\n")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    done = subprocess.run([sys.executable, "train.py", "--method", name, "--dry_run"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert f"--method {name}: " in done.stderr and "function method()" in done.stderr
+
+
+def test_an_underscore_is_as_good_as_a_dash(run):
+    assert saved(run(*SMALL, "--method", "self_guided", "--steps", 1))["config"]["method"] == "self-guided"
+
+
 def test_resume_refuses_other_arguments(run, fails):
-    out = run(*GUIDED, "--steps", 4, "--stop_at", 1, "--method_args", "init=dense")
+    out = run(*SMALL, *GUIDED, "--steps", 4, "--stop_at", 1, "--method_args", "init=dense")
     fails(train.main, ["--resume", "--out", out, "--method_args", "init=product"], "method_args", "init")
 
 
@@ -199,19 +213,22 @@ def test_without_the_folder_everything_else_works(corpus, tmp_path):
     shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns("baselines", "data", "out", "results", ".*"))
 
     def train_there(*flags):
-        return subprocess.run([sys.executable, "train.py", *TINY, "--data", str(corpus), "--steps", "1",
-                               *flags], cwd=house, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "train.py", *TINY, *SMALL, "--data", str(corpus), "--steps",
+                               "1", *flags], cwd=house, capture_output=True, text=True)
     assert train_there("--out", "run").returncode == 0
     refused = train_there("--method", "self-guided")
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "spectron" in refused.stderr
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "baselines" in refused.stderr
+    for command in ["eval.py", "run"], ["-m", "tools.sample", "run", "--tokens", "3"]:
+        assert subprocess.run([sys.executable, *command], cwd=house, capture_output=True).returncode == 0
 
 
-def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch, tmp_path):
-    out = run(*GUIDED, "--steps", 4)
-    monkeypatch.setattr(methods, "BASELINES", tmp_path)
+def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch):
+    out = run(*SMALL, *GUIDED, "--steps", 4)
+
+    def gone(*args):
+        raise AssertionError("asked for a baseline")
+    monkeypatch.setattr(evaluation, "baseline", gone)
     assert type(evaluation.load_run(out)[0].blocks[0].ffn.up_proj) is FactorizedLinear
-    with pytest.raises(methods.UserError, match="self_guided.py"):
-        methods.find("self-guided")
 
 
 ########################################
@@ -219,7 +236,7 @@ def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch, tmp_path):
 ########################################
 
 def test_a_run_that_diverges_can_be_recorded_as_such(run, capsys):
-    out = run("--steps", 20, "--lr", 1e30, "--adam_lr", 1e30, "--on_nonfinite", "record")
+    out = run(*SMALL, "--steps", 20, "--lr", 1e30, "--adam_lr", 1e30, "--on_nonfinite", "record")
     header, rows = plot.read_log(out)
     assert "non-finite gradient at step" in rows[-1]["diverged"] and rows[-1]["step"] == len(rows)
     assert all("diverged" not in row for row in rows[:-1])
@@ -230,8 +247,8 @@ def test_a_run_that_diverges_can_be_recorded_as_such(run, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--method", "dense"], GUIDED])
 def test_dy_is_the_rms_of_what_the_step_does_to_the_layers_output(flags):
-    c = settings.resolve(settings.parse([*TINY, *flags, "--steps", "9"], ""), 1)
-    method = methods.find(c.method, c.method_args)
+    c = train.resolve(train.parse([*TINY, *flags, "--steps", "9"]))
+    method = train.find_method(c.method, c.method_args)
     model = Llama(LlamaConfig(**c.model), method.linear)
     optimizers, probe = method.optimizers(model, c), torch.randint(0, 257, (1, 32))
     spectra = train.Spectra(model, "blocks.1.attention.o_proj", optimizers, probe)

@@ -1,6 +1,7 @@
 """sample.py: the KV cache against the uncached model, what is drawn, and how it reaches the terminal."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import sample
 from conftest import ROOT
 from model import FactorizedLinear, Llama, LlamaConfig
+from tools import sample
 
 BYTES = data.get_tokenizer("bytes")
 
@@ -153,22 +154,45 @@ def test_prompt_and_texts_are_printed(trained, capsys, monkeypatch):
 
 
 def test_it_streams(trained):
-    command = [sys.executable, ROOT / "sample.py", trained, "--tokens", "100000000", "--top_k", "200"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "tools.sample", trained, "--tokens", "100000000", "--top_k", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         threading.Timer(60, process.kill).start()  # one that does not stream would never end
         assert len(process.stdout.read(300)) == 300 and process.poll() is None
         process.kill()
 
 
 def test_ctrl_c_and_a_reader_that_goes_away_leave_no_traceback(trained):
-    command = [sys.executable, ROOT / "sample.py", trained, "--tokens", "100000000"]
+    command = [sys.executable, "-m", "tools.sample", trained, "--tokens", "100000000"]
     for stop, code in (lambda p: p.send_signal(2), 130), (lambda p: p.stdout.close(), 141):
         process = subprocess.Popen(  # in the background a shell has SIGINT ignored, and children with it
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         process.stdout.read(50)
         stop(process)
         assert process.wait(60) == code and process.stderr.read() == b""
+
+
+def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, monkeypatch):
+    for prompt in "def ", "\ufeffdef ":
+        assert sample.read_prompt(prompt, BYTES, 32) == ("def ", [256, *b"def "])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef ")))
+    assert sample.read_prompt("-", BYTES, 32)[0] == "def "
+    fails(sample.main, [trained, "--prompt", " " * 1_000_000], "1,000,000 tokens", "room for 31")
+    try:
+        gpt2 = data.get_tokenizer("gpt2")
+    except data.UserError:
+        pytest.skip("gpt2's files are not here: set TIKTOKEN_CACHE_DIR")
+    for space in " ", "\n", "\t", " \n":
+        with pytest.raises(data.UserError, match="room for 31"):
+            sample.read_prompt("a" + space * 1_000_000, gpt2, 32)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf8_shows_what_it_can(trained, encoding):
+    done = subprocess.run([sys.executable, "-m", "tools.sample", trained, "--prompt", "é\u263a ", "--tokens", "9"],
+                          cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.startswith("é? ".encode(encoding, "replace"))
 
 
 def test_misuse_is_one_message(trained, run, fails, monkeypatch):

@@ -9,15 +9,15 @@ The padding of the vocabulary is cut off, so that scores are over the tokenizer'
 """
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import cli
-from cli import UserError
-from data import SEPARATOR
+from data import END_OF_TEXT, Parser, UserError, command
 from eval import load_run
 from model import Llama, block_matrices
 
@@ -36,15 +36,14 @@ def renamed(name: str) -> str:
 
 
 def weights(model: Llama, n_vocab: int) -> dict[str, Tensor]:
-    """All weights, float32, under transformers' names, with the first n_vocab rows of embedding and head."""
-    found = {renamed(name): tensor for name, tensor in model.state_dict().items()
-             if name[-2:] not in (".A", ".B")}
-    for name in "model.embed_tokens.weight", "lm_head.weight":
-        found[name] = found[name][:n_vocab].contiguous()
-    for name, layer in block_matrices(model).items():
-        if hasattr(layer, "A"):
-            found[renamed(f"{name}.weight")] = layer.product().float()
-    return found
+    """What transformers' Llama has and nothing else, float32, under its names: the seven matrices of each
+    block, multiplied out, the norms, and the first n_vocab rows of embedding and head."""
+    found = {f"{name}.weight": layer.product() if hasattr(layer, "product") else layer.weight
+             for name, layer in block_matrices(model).items()}
+    found |= {name: p for name, p in model.named_parameters() if name.endswith("norm.weight")}
+    found |= {name: getattr(model, name.split(".")[0]).weight[:n_vocab]
+              for name in ("embedding.weight", "head.weight")}
+    return {renamed(name): tensor.detach().float().contiguous() for name, tensor in found.items()}
 
 
 def config_of(model: Llama, tokenizer) -> dict:
@@ -87,7 +86,7 @@ def tokenizer_files(tokenizer) -> dict[str, dict]:
               if len(token) > 1]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": tokenizer.name != "bytes"}
-    end = {"id": tokenizer.eot_token, "content": SEPARATOR, "single_word": False, "lstrip": False,
+    end = {"id": tokenizer.eot_token, "content": END_OF_TEXT, "single_word": False, "lstrip": False,
            "rstrip": False, "normalized": False, "special": True}
     return {"tokenizer.json": {
                 "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
@@ -96,9 +95,9 @@ def tokenizer_files(tokenizer) -> dict[str, dict]:
                           "continuing_subword_prefix": None,
                           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                           "vocab": {text(token): i for token, i in ranks.items()}
-                          | {SEPARATOR: tokenizer.eot_token}, "merges": merges}},
-            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SEPARATOR,
-                                      "eos_token": SEPARATOR, "clean_up_tokenization_spaces": False}}
+                          | {END_OF_TEXT: tokenizer.eot_token}, "merges": merges}},
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
+                                      "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}}
 
 
 @torch.no_grad()
@@ -113,12 +112,8 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
              if name[-2:] in (".A", ".B")}
     if factors and not pairs:
         raise UserError(f"{run} has dense weights and no factors: leave --factors out")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to} exists and is not an empty directory: name another, or delete it first")
-    to.mkdir(parents=True, exist_ok=True)
-    save_file(weights(model, tokenizer.n_vocab), to / "model.safetensors", metadata={"format": "pt"})
-    if factors:
-        save_file(pairs, to / "factors.safetensors", metadata={"format": "pt"})
+    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {to} exists and is not an empty directory: name another")
     settings = config_of(model, tokenizer)
     files = {"config.json": settings, "generation_config.json": {k: settings[k] for k in ("bos_token_id",
                                                                                        "eos_token_id")}}
@@ -126,14 +121,27 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
         files |= tokenizer_files(tokenizer)
     else:
         print(f"no tokenizer files: {config['tokenizer']} cuts text into words in a way of its own")
-    for name, content in files.items():
-        (to / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    building = to.with_name(f"{to.name}.building.{os.getpid()}")  # renamed when it is whole
+    building.mkdir(parents=True)
+    try:
+        save_file(weights(model, tokenizer.n_vocab), building / "model.safetensors", metadata={"format": "pt"})
+        if factors:
+            save_file(pairs, building / "factors.safetensors", metadata={"format": "pt"})
+        for name, content in files.items():
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            (building / name).write_text(text, encoding="utf-8")
+        os.replace(building, to)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if config["tokenizer"] == "bytes":
+        print("not for GGUF: llama.cpp's converter does not know the pre-tokenizer of byte-level runs; a run "
+              "on gpt2 tokens can be converted")
     return sorted(path.name for path in to.iterdir())
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--to", type=Path, required=True, help="directory to make")
     parser.add_argument("--factors", action="store_true", help="also keep A and B, in factors.safetensors")
