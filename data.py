@@ -249,13 +249,14 @@ class Split:
     """The windows of one split. Window i of a shard holds its tokens iT to iT + T inclusive; the tail is
     dropped. UserError where there is no shard, a damaged one, or no whole window."""
 
-    def __init__(self, directory: Path, split: str, seq_len: int, vocab_size: int):
+    def __init__(self, directory: Path, split: str, seq_len: int, tokenizer: str):
         name = re.compile(rf"(.*[_-])?{split}([_-]?\d+)?\.bin")  # train_000000.bin, fineweb_train_000001.bin
         self.paths = sorted(path for path in directory.glob("*.bin") if name.fullmatch(path.name))
         if not self.paths:
-            raise UserError(f"{directory} has no shard like {split}_000000.bin. {how_to_build(directory)}")
+            raise UserError(f"{directory} has no shard like {split}_000000.bin. "
+                            f"{how_to_build(directory, tokenizer)}")
         self.shards = [open_shard(path) for path in self.paths]
-        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.seq_len, self.vocab_size = seq_len, vocabulary(tokenizer)
         self.tokens = sum(len(shard) for shard in self.shards)
         self.ends = np.cumsum([max(0, len(shard) - 1) // seq_len for shard in self.shards])  # in windows
         self.windows = int(self.ends[-1])
@@ -299,8 +300,8 @@ def open_split(directory, split: str, seq_len: int, tokenizer: str) -> Split:
     if not directory.is_dir():
         raise UserError(f"no data in {directory}: there is no such directory. Name another with --data. "
                         f"{how_to_build(directory, tokenizer)}")
-    made_with = read_meta(directory)["tokenizer"]
+    opened, made_with = Split(directory, split, seq_len, tokenizer), read_meta(directory)["tokenizer"]
     if made_with != tokenizer:
         raise UserError(f"{directory} was made with tokenizer {made_with!r}, and {tokenizer!r} is needed. "
                         f"Make shards: python -m tools.prepare text FILE... --tokenizer {tokenizer} --out DIR")
-    return Split(directory, split, seq_len, vocabulary(tokenizer))
+    return opened

@@ -27,8 +27,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
-import cli
-import tasks
+import eval as evaluation
+from data import Parser, command, positive
 from eval import load_run, task_names
 
 TOLERANCE, SPEED_ITEMS = 1e-3, 512
@@ -62,7 +62,7 @@ class Adapter(HFLM):
 def readable(items, tokenizer, seq_len: int) -> list[int]:
     """The items all of whose choices the model can read; the harness stops at others, and so do we."""
     return [i for i, item in enumerate(items)
-            if all(len(tasks.encode_pair(tokenizer, item.context, f" {text}")[1]) <= seq_len
+            if all(len(evaluation.encode_pair(tokenizer, item.context, f" {text}")[1]) <= seq_len
                    for text in item.choices)]
 
 
@@ -72,8 +72,8 @@ def converted(task: str, directory: Path, out: Path, kept: list[int]) -> str:
     if task == "hellaswag":
         rows = [json.loads(line) for line in (directory / "hellaswag_val.jsonl").open()]
     elif task == "piqa":
-        labels = tasks.find(task, directory, "valid-labels.lst", "piqa_valid-labels.lst").read_text().split()
-        path = tasks.find(task, directory, "valid.jsonl", "piqa_valid.jsonl")
+        labels = evaluation.find_file(task, directory, "valid-labels.lst").read_text().split()
+        path = evaluation.find_file(task, directory, "valid.jsonl")
         rows = [json.loads(line) | {"label": int(label)}
                 for line, label in zip(path.open(), labels, strict=True)]
     else:
@@ -124,7 +124,7 @@ def speeds(model, tokenizer, task: str, config: str, items, batch_sizes, rounds:
         return count / harness(model, tokenizer, task, config, size, count)[-1]
     tried = {size: theirs(size, min(64, len(items))) for size in batch_sizes}
     best = max(tried, key=tried.get)
-    pairs = [(tasks.evaluate(model, task, items, tokenizer, "float32")[0][f"{task}_items_per_second"],
+    pairs = [(evaluation.evaluate(model, task, items, tokenizer, "float32")[0][f"{task}_items_per_second"],
               theirs(best, len(items))) for _ in range(rounds)]
     mine, its = (statistics.median(column) for column in zip(*pairs))
     ratio = statistics.median(a / b for a, b in pairs)
@@ -133,7 +133,7 @@ def speeds(model, tokenizer, task: str, config: str, items, batch_sizes, rounds:
 
 
 def compare(model, tokenizer, task: str, args, out: Path) -> bool:
-    items = tasks.TASKS[task](args.eval_dir)[:args.limit]
+    items = evaluation.read_task(task, args.eval_dir)[:args.limit]
     kept = readable(items, tokenizer, model.config.seq_len)
     config, left_out = converted(task, args.eval_dir, out, kept), len(items) - len(kept)
     items = [items[i] for i in kept]
@@ -142,7 +142,7 @@ def compare(model, tokenizer, task: str, args, out: Path) -> bool:
     if args.prompts:
         prompts = [[request[:2] for request in sample["arguments"]] for sample in samples]
         args.prompts.write_text(json.dumps(prompts, indent=0, ensure_ascii=False) + "\n")
-    scores, records = tasks.evaluate(model, task, items, tokenizer, "float32")
+    scores, records = evaluation.evaluate(model, task, items, tokenizer, "float32")
     largest, other, ties, prompts = 0.0, 0, 0, 0
     for item, record, sample in zip(items, records, samples, strict=True):
         asked = [request[:2] for request in sample["arguments"]]
@@ -170,13 +170,13 @@ def compare(model, tokenizer, task: str, args, out: Path) -> bool:
     return good
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("run")
-    parser.add_argument("--tasks", type=task_names, default=list(tasks.TASKS))
+    parser.add_argument("--tasks", type=task_names, default=list(evaluation.TASKS))
     parser.add_argument("--eval_dir", type=Path, default=Path("data/evals"))
-    parser.add_argument("--limit", type=cli.positive)
+    parser.add_argument("--limit", type=positive)
     parser.add_argument("--batch_sizes", type=lambda text: [int(size) for size in text.split(",")],
                         default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=Path,

@@ -1,5 +1,5 @@
-"""tasks.py and eval.py --tasks: prompts against the harness's own, scores against a plain restatement, files
-that are not what they should be. tests/compare_lm_eval.py runs the harness itself."""
+"""eval.py's tasks: prompts against the harness's own, scores against a plain restatement, files that are not
+what they should be. tests/compare_lm_eval.py runs the harness itself."""
 
 import json
 import os
@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 import data
 import eval as evaluation
-import sample
-import tasks
-import methods
 import train
 from conftest import ROOT, SHARED
 from model import Llama, LlamaConfig
+from tools import sample
 
 MARKED = ROOT / "tests/evals"  # HellaSwag items with every mark, and the harness's prompts for them
 BYTES = data.get_tokenizer("bytes")
@@ -39,7 +36,7 @@ def model():
 def plain_log_probability(model, tokenizer, context: str, text: str) -> float:
     """Of " text" after context: the whole, cut from the left to what the model reads, in one sequence,
     in float64."""
-    context, ending = tasks.encode_pair(tokenizer, context, f" {text}")
+    context, ending = evaluation.encode_pair(tokenizer, context, f" {text}")
     tokens = torch.tensor([(context + ending)[-model.config.seq_len - 1:]])
     log_p = model.double()(tokens[:, :-1])[0, :, :tokenizer.n_vocab].log_softmax(-1)
     model.float()
@@ -51,7 +48,8 @@ def plain_log_probability(model, tokenizer, context: str, text: str) -> float:
 ########################################
 
 def test_hellaswags_prompts_are_the_harnesss():
-    items, theirs = tasks.hellaswag(MARKED), json.loads((MARKED / "harness_prompts.json").read_text())
+    items = evaluation.read_task("hellaswag", MARKED)
+    theirs = json.loads((MARKED / "harness_prompts.json").read_text("utf-8"))
     ours = [[[item.context, f" {text}"] for text in item.choices] for item in items]
     assert len(ours) >= 20 and ours == theirs
     marks = (MARKED / "hellaswag_val.jsonl").read_text()
@@ -63,14 +61,14 @@ def test_piqa_and_arc_easy_ask_a_question(tmp_path):
     (tmp_path / "valid.jsonl").write_text(
         '{"goal": "open [title] a  jar", "sol1": "turn ", "sol2": "hit"}\n' * 2)
     (tmp_path / "valid-labels.lst").write_text("1\n0\n")
-    first, second = tasks.piqa(tmp_path)
+    first, second = evaluation.read_task("piqa", tmp_path)
     assert (first.context, first.choices, first.gold, second.gold) == (
         "Question: open [title] a  jar\nAnswer:", ["turn ", "hit"], 1, 0)
     questions = [{"id": i, "answerKey": key, "question": {"stem": "Why?", "choices": [
         {"text": f"because {label}", "label": label} for label in labels]}}
         for i, (key, labels) in enumerate([("C", "ABCD"), ("2", "1234"), ("A", "ABC"), ("E", "ABCDE")])]
     (tmp_path / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    items = tasks.arc_easy(tmp_path)
+    items = evaluation.read_task("arc_easy", tmp_path)
     assert [item.gold for item in items] == [2, 1, 0, 4]
     assert [len(item.choices) for item in items] == [4, 4, 3, 5]
     assert items[1].context == "Question: Why?\nAnswer:" and items[1].choices[0] == "because 1"
@@ -80,7 +78,7 @@ def test_the_shared_files_are_read_whole():
     directory = SHARED / "data/evals"
     if not directory.is_dir():
         pytest.skip(f"no {directory}")
-    found = {name: read(directory) for name, read in tasks.TASKS.items()}
+    found = {task: evaluation.read_task(task, directory) for task in evaluation.TASKS}
     assert {name: len(items) for name, items in found.items()} == {"hellaswag": 4000, "piqa": 1838,
                                                                   "arc_easy": 2376}
     assert {len(item.choices) for item in found["arc_easy"]} == {3, 4, 5}
@@ -89,7 +87,7 @@ def test_the_shared_files_are_read_whole():
 
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation():
     def pair(context, continuation):
-        return [BYTES.decode(tokens) for tokens in tasks.encode_pair(BYTES, context, continuation)]
+        return [BYTES.decode(tokens) for tokens in evaluation.encode_pair(BYTES, context, continuation)]
     assert pair("a b", " c") == ["a b", " c"]
     assert pair("a b \n", " c") == ["a b", " \n c"]
     assert pair("", " c") == pair("", " c") == ["<|endoftext|>", " c"]
@@ -103,7 +101,7 @@ def test_tokens_are_cut_where_the_tokens_of_the_context_end():
         gpt2 = data.get_tokenizer("gpt2")
     except data.UserError:
         pytest.skip("gpt2's files are not here: set TIKTOKEN_CACHE_DIR")
-    context, ending = tasks.encode_pair(gpt2, "Answer", "ing it")
+    context, ending = evaluation.encode_pair(gpt2, "Answer", "ing it")
     assert [gpt2.decode([t]) for t in context] == ["Answer"]
     assert [gpt2.decode([t]) for t in ending] == ["sw", "ering", " it"]  # of An-sw-ering it
 
@@ -111,34 +109,37 @@ def test_tokens_are_cut_where_the_tokens_of_the_context_end():
 @pytest.mark.parametrize("budget", [1, 500, 10**6])
 def test_log_probabilities_are_those_of_each_choice_alone(model, budget, monkeypatch):
     """Also where the context loses its beginning, and other endings of it do not (seq_len 100)."""
-    monkeypatch.setitem(tasks.TREE_TOKENS, "cpu", budget)
-    items = tasks.hellaswag(MARKED)
-    lengths = [[len(tokens) for tokens in tasks.encode_pair(BYTES, item.context, f" {text}")]
+    monkeypatch.setitem(evaluation.BATCH_TOKENS, "cpu", budget)
+    items = evaluation.read_task("hellaswag", MARKED)
+    lengths = [[len(tokens) for tokens in evaluation.encode_pair(BYTES, item.context, f" {text}")]
                for item in items for text in item.choices]
     cut = [sum(pair) > 101 for pair in lengths]
     assert (any(cut) and not all(cut)
             and {tuple(cut[i:i + 4]) for i in range(0, len(cut), 4)} - {4 * (True,), 4 * (False,)})
-    found = tasks.log_probabilities(model, items, BYTES, "float32")
+    found = evaluation.log_probabilities(model, items, BYTES, "float32")
     wanted = [[plain_log_probability(model, BYTES, item.context, text) for text in item.choices]
               for item in items]
     assert np.abs(np.array(found) - wanted).max() < 1e-3
     assert np.ptp(wanted, axis=1).min() > 0.1  # which 1e-3 tells apart
 
 
-def test_a_context_and_what_endings_begin_with_run_once():
-    item = tasks.Item("", "a context of many bytes that stays", ["one", "two", "three"], 0)
-    (row,) = tasks.trees([item], BYTES, 200)
-    assert BYTES.decode(row.tokens[len(item.context):]) == " onthrew"  # of " one", " three" and " two"
-    assert row.chain == len(item.context) + len(" on") and len(row.targets) == len(" one two three")
-    cut = tasks.Item("", "a context of many bytes that is cut", ["one", "two", "three" * 5], 0)
-    assert [len(row.tokens) for row in tasks.trees([cut], BYTES, 30)] == [32, 30]
+def test_batches_hold_the_longest_rows_first_within_the_budget():
+    rows = [(list(range(n)), 1) for n in (3, 9, 5, 9, 1)]
+    assert evaluation.batches_of(rows, 20) == [[1, 3], [2, 0, 4]]
+    assert evaluation.batches_of(rows, 1) == [[1], [3], [2], [0], [4]]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    item = evaluation.Item("", "a context of many bytes that is cut", ["one", "two"], 0)
+    (row, ending), _ = evaluation.rows_of([item], BYTES, 20)
+    assert len(row) == 21 and BYTES.decode(row).endswith("bytes that is cut one"[-21:]) and ending == 4
 
 
 def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
-    items, val = tasks.hellaswag(MARKED)[:4], data.open_data(corpus, 64)[1]
+    items, val = evaluation.read_task("hellaswag", MARKED)[:4], data.open_split(corpus, "val", 64, "bytes")
 
     def scores():
-        return (tasks.log_probabilities(model, items, BYTES, "float32"),
+        return (evaluation.log_probabilities(model, items, BYTES, "float32"),
                 evaluation.validate(model, val, 10**6, 8, "float32")["val_loss"])
     before = scores()
     with torch.no_grad():
@@ -147,26 +148,27 @@ def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
 
 
 def test_answers_are_by_sum_and_by_character_the_first_of_equals():
-    item = tasks.Item("", "", ["ab", "abcd", "", "ééé"], 0)
-    assert tasks.answers(item, [-4.0, -6.0, -9.0, -4.2]) == (0, 3)
-    assert tasks.answers(item, [-4.0, -4.0, -9.0, -6.0]) == (0, 1)
-    assert tasks.answers(item, [-2.0, -4.0, -9.0, -3.0]) == (0, 0)
+    item = evaluation.Item("", "", ["ab", "abcd", "", "ééé"], 0)
+    assert evaluation.answers(item, [-4.0, -6.0, -9.0, -4.2]) == (0, 3)
+    assert evaluation.answers(item, [-4.0, -4.0, -9.0, -6.0]) == (0, 1)
+    assert evaluation.answers(item, [-2.0, -4.0, -9.0, -3.0]) == (0, 0)
 
 
 def test_accuracies_have_the_harnesss_standard_errors(model):
-    items = tasks.hellaswag(MARKED)
-    scores, records = tasks.evaluate(model, "hellaswag", items, BYTES, "float32")
+    items = evaluation.read_task("hellaswag", MARKED)
+    scores, records = evaluation.evaluate(model, "hellaswag", items, BYTES, "float32")
     for name, key in ("acc", "answer"), ("acc_norm", "answer_norm"):
         right = np.array([record[key] == item.gold for record, item in zip(records, items)], dtype=float)
         assert scores[f"hellaswag_{name}"] == pytest.approx(right.mean())
         assert scores[f"hellaswag_{name}_stderr"] == pytest.approx(right.std(ddof=1) / len(items)**0.5)
-    assert tasks.evaluate(model, "x", items[:1], BYTES, "float32")[0]["x_acc_stderr"] is None
+    assert evaluation.evaluate(model, "x", items[:1], BYTES, "float32")[0]["x_acc_stderr"] is None
 
 
 def test_an_ending_that_the_model_can_not_read_names_its_item():
     def rows(*choices):
-        return tasks.trees([tasks.Item("hellaswag_val.jsonl, line 7", "c", list(choices), 0)], BYTES, 100)
-    assert max(len(row.tokens) for row in rows("x" * 99, "x" * 98)) == 100  # all it reads
+        item = evaluation.Item("hellaswag_val.jsonl, line 7", "c", list(choices), 0)
+        return evaluation.rows_of([item], BYTES, 100)
+    assert max(len(row) for row, _ in rows("x" * 99, "x" * 98)) == 101  # all it reads, and one to predict
     with pytest.raises(data.UserError, match="line 7.*101 tokens.*100.*--seq_len"):
         rows("fits", "x" * 100)
 
@@ -190,7 +192,7 @@ def test_scores_items_and_limits(run, tmp_path, capsys):
     assert all(len(r["log_probabilities"]) == 4 and max(r["log_probabilities"]) < 0 for r in records)
 
 
-@pytest.mark.parametrize("flags", [*(["--method", name] for name in methods.METHODS), ["--factorize", "ffn"]],
+@pytest.mark.parametrize("flags", [*(["--method", name] for name in train.METHODS), ["--factorize", "ffn"]],
                          ids=str)
 def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, flags):
     out = run("--steps", 1, *LONG, *flags)
@@ -200,19 +202,6 @@ def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, 
     capsys.readouterr()
     sample.main([str(out), "--tokens", "3"])
     assert capsys.readouterr().out
-
-
-def test_progress_is_a_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
-    for terminal in True, False:
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        progress = cli.Progress("hellaswag", "items")
-        progress.started -= 10
-        for done in 0, 5, 20:
-            progress.shown = 0.0
-            progress(done, 20)
-        shown = capsys.readouterr().err
-        assert ("hellaswag: 5/20 items, 0.5 a second, 0:00:30 left" in shown) == terminal
-        assert shown.endswith("\033[K") == terminal and (terminal or not shown)
 
 
 def test_two_ranks_find_what_one_finds(run, tmp_path):
@@ -264,27 +253,33 @@ GOOD = json.dumps({"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings":
 def test_a_bad_line_is_named(tmp_path, bad):
     (tmp_path / "hellaswag_val.jsonl").write_text(f"{GOOD}\n{bad}\n")
     with pytest.raises(data.UserError, match=r"hellaswag_val.jsonl, line 2.*tools.download evals"):
-        tasks.hellaswag(tmp_path)
+        evaluation.read_task("hellaswag", tmp_path)
 
 
 def test_files_that_are_missing_half_there_empty_or_do_not_fit(tmp_path):
-    def refused(read, *fragments):
+    def refused(task, *fragments):
         with pytest.raises(data.UserError) as caught:
-            read(tmp_path)
+            evaluation.read_task(task, tmp_path)
         assert all(fragment in str(caught.value) for fragment in (*fragments, "tools.download evals"))
-    refused(tasks.hellaswag, "no hellaswag_val.jsonl")
+    refused("hellaswag", "no hellaswag_val.jsonl")
     (tmp_path / "hellaswag_val.jsonl.part").write_text(GOOD)
-    refused(tasks.hellaswag, "hellaswag_val.jsonl.part", "half")
+    refused("hellaswag", "hellaswag_val.jsonl.part", "half")
     (tmp_path / "hellaswag_val.jsonl").write_text("\n")
-    refused(tasks.hellaswag, "empty")
+    refused("hellaswag", "0 items")
     (tmp_path / "hellaswag_val.jsonl").write_bytes(b"\xff\xfe")
-    refused(tasks.hellaswag, "not UTF-8")
+    refused("hellaswag", "not UTF-8")
     (tmp_path / "piqa_valid.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b"}\n' * 3)
     (tmp_path / "piqa_valid-labels.lst").write_bytes(b"\xff\xfe1")
-    refused(tasks.piqa, "labels.lst", "not UTF-8")
-    for labels in "0\n1\n", "0\n1\n2\n", "0\n1\n1\n0\n", "":
+    refused("piqa", "labels.lst", "not UTF-8")
+    for labels, said in (("0\n1\n", "line 3"), ("0\n1\n2\n", "label is 2"), ("0\n1\n1\n0\n", "4 labels"),
+                         ("", "line 1")):
         (tmp_path / "piqa_valid-labels.lst").write_text(labels)
-        refused(tasks.piqa, f"{len(labels.split())} labels", "3 items")
+        refused("piqa", said)
     (tmp_path / "ARC-Easy-Test.jsonl").write_text(
         '{"answerKey": "D", "question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}}')
-    refused(tasks.arc_easy, "line 1", "'D' is not in list")
+    refused("arc_easy", "line 1", "'D' is not in list")
+
+
+def test_a_byte_order_mark_before_the_items_is_skipped(tmp_path):
+    (tmp_path / "hellaswag_val.jsonl").write_text(GOOD, encoding="utf-8-sig")
+    assert evaluation.read_task("hellaswag", tmp_path)[0].context == "a: b C"

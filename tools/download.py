@@ -22,9 +22,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import cli
-from cli import UserError
-from data import open_shard
+from data import Parser, UserError, command, open_shard
 
 URL = "https://huggingface.co/datasets/kjj0/{corpus}-gpt2/resolve/main"
 SHARDS = {"fineweb10B": 103, "fineweb100B": 1030}  # training shards that are published
@@ -208,10 +206,10 @@ def _check_zip(path: Path) -> None:
         raise UserError(f"{ARC_ZIP} is damaged ({error}), or not the one with {ARC_MEMBER}") from None
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     command = commands.add_parser("fineweb", description="pre-tokenized FineWeb, GPT-2 tokens")
     command.add_argument("-n", type=int, default=27,
                          help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
