@@ -4,11 +4,9 @@ import math
 import textwrap
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
-
 from model import SIZES, count_parameters
 from paper.runs import ARMS, Run, log_of
-from plot import COLOURS, read_log
+from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
 GREY = "#777777"
@@ -35,24 +33,27 @@ def points(log, key: str, x: str = "step") -> list[tuple]:
     return [(r[x], r[key]) for r in read_log(log)[1] if r.get(key) is not None and r.get(x) is not None]
 
 
-def panels(count: int, width: float = 9.5, height: float = 3.9, **more):
-    plt.switch_backend("Agg")  # files only: no window, no screen
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, count, figsize=(width, height), layout="constrained", squeeze=False, **more)
+def panels(count: int, width: float = 9.5, height: float = 4.2, **more):
+    fig = new_figure(width, height)
+    axes = fig.subplots(1, count, squeeze=False, **more)
     for ax in axes[0]:
         ax.grid(alpha=0.25)
     return fig, axes[0]
 
 
-def legend_below(fig, ax, columns: int = 3) -> None:
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False,
-               fontsize=9)
+def legend_below(fig, *axes, columns: int = 3) -> None:
+    """One legend for all axes, each label once."""
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def save(fig, path, title: str) -> None:
-    fig.suptitle(textwrap.fill(title, int(11 * fig.get_figwidth())), fontsize=9.5, color="0.25")
+def save(fig, path, message: str, setting: str) -> None:
+    """The message is the title; below it, small, where the figure is from."""
+    width = fig.get_figwidth()
+    message, setting = textwrap.fill(message, int(10.5 * width)), textwrap.fill(setting, int(13 * width))
+    fig.suptitle(message, fontsize=11.5, x=0.01, ha="left")
+    fig.axes[0].set_title(setting, fontsize=8, color="0.35", loc="left")
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 ########################################
@@ -85,19 +86,20 @@ def curve(ax, o, x: str = "step") -> None:
 def curves_and_gaps(found, paper: dict, scale):
     """Left, validation loss over training; right, how much higher each ends than the lowest, the paper's as
     dashed lines."""
-    fig, (left, right) = panels(2, width_ratios=[1.5, 1])
+    fig, (left, right) = panels(2, 10.5, width_ratios=[1.4, 1])
     for o in found:
         curve(left, o)
     left.set(xlabel="step", ylabel=validation_label(found))
     losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step")]
     if losses:
         left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
-    gaps(right, found, paper)
-    legend_below(fig, left, 4)
+    gaps(right, found, {} if scale.nano else paper)  # the paper's are of another size
+    legend_below(fig, left, columns=4)
     return fig
 
 
 def gaps(ax, found, paper: dict) -> None:
+    """How much higher each arm ends than the lowest, in percent, on a plain axis; the paper's dashed."""
     least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
     for row, o in enumerate(found):
         style = look(o.arm)
@@ -107,23 +109,13 @@ def gaps(ax, found, paper: dict) -> None:
         if o.arm in paper:
             ax.plot([100 * (math.log(paper[o.arm]) / paper_least - 1)] * 2, [row - 0.35, row + 0.35], "--",
                     color="0.3", lw=1.4, label="the paper" if row == 0 else None)
-    ax.set(yticks=range(len(found)), yticklabels=[], ylim=(len(found) - 0.4, -0.9 if paper else -0.6),
-           xlabel="final loss over the lowest (%), with its spread")
-    if (right := ax.get_xlim()[1]) > 20:
-        ax.set_xscale("symlog", linthresh=1)
-        ax.set_xlim(right=1.5 * right)
-    ax.xaxis.set_major_formatter("{x:g}")
+    names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
+    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
+           xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
+    left, right = ax.get_xlim()
+    ax.set_xlim(min(-1.0, left), right + 0.04 * (right - left))
     if paper:
         ax.legend(frameon=False, fontsize=9, loc="upper right")
-
-
-def figure1(found, paper: dict, scale):
-    fig, (ax,) = panels(1, 6.5)
-    for o in found:
-        curve(ax, o, "flops")
-    ax.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
-    legend_below(fig, ax)
-    return fig
 
 
 def figure5(found, paper: dict, scale):
@@ -135,8 +127,7 @@ def figure5(found, paper: dict, scale):
         curve(right, o, "seconds")
     left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
     right.set(xlabel="seconds of training")
-    both = [a + b[1:] for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
-    fig.legend(*both, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    legend_below(fig, left, right)
     return fig
 
 
@@ -160,14 +151,14 @@ def loss_over_lr(found, paper: dict, scale):
     ax.axhline(top, color="0.6", lw=0.8)
     for lr in 0.001, 0.01:
         ax.axvline(lr, color="0.5", lw=1, ls="--")
-        ax.text(lr, 1.0, f"the paper's {lr:g}", transform=ax.get_xaxis_transform(), ha="center", va="bottom",
-                fontsize=8, color="0.35")
+        ax.text(lr, 0.02, f" the paper's {lr:g}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=8,
+                color="0.35")
     diverged = any(loss is None for o in found for loss in o.grid.values())
     ax.text(0.995, top, f"{top:.2f} and above; {'crosses' if diverged else 'none'} diverged",
             transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
-    legend_below(fig, ax, 3)
+    legend_below(fig, ax)
     return fig
 
 
@@ -189,9 +180,10 @@ def figure6(found, paper: dict, scale):
                 [math.exp(o.by_seed[0]) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(axis="x", which="minor", labelsize=8)
+    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
+             if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_minor_formatter("")
     legend_below(fig, ax)
     return fig
 
@@ -245,8 +237,7 @@ def figure2(found, paper: dict, scale):
     right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, low-rank over dense", yscale="log")
     right.set_yticks([0.5, 1, 2, 5, 10, 30], labels=["0.5", "1", "2", "5", "10", "30"])
     right.yaxis.set_minor_formatter("")
-    both = [a + b for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels())]
-    fig.legend(*both, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    legend_below(fig, left, right, columns=2)
     return fig
 
 
@@ -264,8 +255,21 @@ def figure3(found, paper: dict, scale):
         for o in found:
             norm_curve(ax, o, key)
         ax.set(xlabel="step", ylabel=label, yscale="linear" if key == "W" else "log")
-    axes[0].set_title(matrix_of(found[0]), fontsize=9)
+        ax.text(0.98, 0.02, matrix_of(found[0]), transform=ax.transAxes, ha="right", fontsize=8, color="0.35")
     axes[0].plot(*zip(*points(found[0].logs[0], "lr")[:-1]), color=BLUE, lw=1.2, ls="--",
                  label="Spectron's learning rate, its bound")
-    legend_below(fig, axes[0], 4)
+    legend_below(fig, axes[0], columns=4)
     return fig
+
+
+def readme_figure(found, path) -> None:
+    """||dW||_2 of three ways to update the same factors, and the bound that one of them has."""
+    fig, (ax,) = panels(1, 8, 4.4)
+    for o in found:
+        norm_curve(ax, o, "dW")
+    ax.plot(*zip(*points(found[0].logs[0], "lr")[:-1]), color=BLUE, lw=1.5, ls="--",
+            label="Spectron's learning rate: its bound")
+    ax.set(xlabel="step", ylabel=r"spectral norm of a step of $W = AB^T$", yscale="log")
+    legend_below(fig, ax, columns=2)
+    save(fig, path, "Spectron's step of W stays under its learning rate, which is its bound",
+         f"size nano, {matrix_of(found[0])}, each at its best learning rate")

@@ -3,36 +3,53 @@
     python -m paper.reproduce table2                 at nano, on the offline corpus
     python -m paper.reproduce all --scale nano       all that two cores can do: hours, and it may be stopped
     python -m paper.reproduce fig3 --scale S         at the paper's size, on what GPUs there are
-    python -m paper.reproduce readme                 the results section of README.md, from results/
+    python -m paper.reproduce report                 results/README.md, from the logs that are there
 
-NAME is one of table1 (with figures 4 and 14a), table2 (10), table3 (11), table4, table5, fig1, fig2, fig3,
-fig5, fig6, fig7, fig12, fig13. Each writes results/NAME/<scale>/: table.md, table.json, figure.png. The logs
-behind them are in results/runs/<scale>: a run that is there is not made again, so that after a clone
+NAME is one of table1 (with figures 4 and 14a), table2 (10), table3 (11), table4, table5, fig2, fig3, fig5
+(with 1), fig6, fig7, fig12, fig13. Each writes results/NAME/<scale>/: table.md, table.json, figure.png. The
+logs behind them are in results/runs/<scale>: a run that is there is not made again, so that after a clone
 everything can be drawn without training.
 """
 
 import json
 import math
-import textwrap
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import cli
-from cli import UserError
+from data import Parser, UserError, command, positive
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, runs
-from paper.experiments import EXPERIMENTS, PAPER, SAYS, STANDS_FOR, arms_of, compared, outcomes_of, single_of
-from paper.runs import ARMS, RESULTS, Run, Scale
+from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
+from paper.runs import ARMS, RESULTS, Run, Scale, log_of
 
-MARKS = "<!-- results: made by python -m paper.reproduce readme -->", "<!-- end of results -->"
 TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws",
                      [row["size"] for row in PAPER["table5_sizes"]])}
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
-README = [("fig12", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}), ("fig13", {}),
+REPORT = [("fig12", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}), ("fig13", {}),
           ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and what makes their scale, at nano
-DRAWN = "fig2", "fig3"  # by the picture, where the others are by their table
+PROTOCOL = """# Results
+
+Every table and figure of the paper that could be run here, made by `python -m paper.reproduce report` from
+the logs in [runs/](runs/README.md). All of it is size nano (2M parameters) on two CPU cores. The paper's
+numbers are of size S (94M parameters, FineWeb), so only their order and their ratios compare.
+
+- All arms see the same tokens in the same order, with one schedule, clipping and adam_lr (3e-3, not swept).
+- Each arm has six learning rates on the series 1, 2, 5, 10 (three in Table 3 and Figures 5, 6 and 13), and up
+  to two more where the best is at the edge. Neighbours are a factor of 2 or 2.5 apart, so that differences of
+  about 0.02 nats may be the grid's.
+- The best learning rate of seed 0 gets two more seeds: mean ± standard deviation, n. Seed 0 counts too.
+- Differences are taken seed by seed, with their 95% interval (Student's t, which three seeds leave wide).
+- "lr within 5%" is the factor spanned by the learning rates that end within 5% of the arm's best loss.
+- A run has diverged if its gradient ceased to be finite, or if it ended worse than a uniform guess. None did.
+- `data/imdb-bytes` is the first 8,000 lines of an IMDb reviews file:
+  `python -m tools.prepare text imdb.jsonl --tokenizer bytes --out data/imdb-bytes`.
+
+Elsewhere: [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md),
+[speed](bench/README.md), [the tasks beside lm-evaluation-harness](evals/README.md).
+"""
 
 
 ########################################
@@ -44,19 +61,66 @@ def table(name: str, scale: Scale) -> str:
     found, paper = outcomes_of(name, scale), paper_of(name, scale)
     least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
     tasks = [task for task in TASKS if any(f"{task}_acc_norm" in o.scores for o in found)]
-    loss = f"validation loss ({draw.unit(found)})"
-    head = ["", "lr", loss, "n", "perplexity", "loss over the best", *tasks]
-    head += ["the paper's perplexity", "its loss over its best"] if paper else []
-    rows = [head, ["---"] * len(head)]
+    head = ["", "lr", f"validation loss ({draw.unit(found)})", "n", "perplexity", "over the best",
+            "lr within 5%", "steps", "FLOPs", *tasks,
+            *(["the paper's perplexity", "its loss over its best"] if paper else [])]
+    rows = []
     for o in found:
         row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
-               over(o.mean, least)]
-        row += [percent(o.scores.get(f"{task}_acc_norm")) for task in tasks]
+               over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
+               *(percent(o.scores.get(f"{task}_acc_norm")) for task in tasks)]
         if paper:
             theirs = paper.get(o.arm, math.inf)
             row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]
         rows.append(row)
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(head, rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def differences(name: str, found) -> str:
+    """How much higher the second arm of each pair ends than the first."""
+    rows = []
+    for a, b in EXPERIMENTS[name].pairs(found):
+        difference, interval, seeds = gap(a, b)
+        rows.append([f"{b.label} − {a.label}", "" if difference is None else f"{difference:+.3f}",
+                     "" if interval is None else f"± {interval:.3f}", str(seeds)])
+    return markdown(["difference", "nats", "95% interval", "seeds"], rows) if rows else ""
+
+
+def norms(found) -> str:
+    """Medians over the logged steps of seed 0, the last one left out, whose lr is nearly zero."""
+    rows = []
+    for o in (o for o in found if o.logs):
+        def values(key):
+            return [x for _, x in draw.points(o.logs[0], key)[:-1]]
+        rows.append([o.label, f"{o.lr:g}", f"{statistics.median(values('dW')):.3g}",
+                     f"{max(values('gauge')):.2f}", f"{statistics.median(values('dy')):.3g}",
+                     f"{draw.points(o.logs[0], 'W')[-1][1]:.3g}"])
+    head = ["", "lr", "median ‖dW‖₂", "largest ‖dW‖₂ / lr", "median rms of dy", "last ‖W‖₂"]
+    return markdown(head, rows)
+
+
+def step_ratios(low, dense) -> str:
+    """Figure 2's ratio of the two steps of W."""
+    rows = []
+    for log, label in ((dense.logs[0], f"each at its best lr ({low.lr:g}, {dense.lr:g})"),
+                       (log_of(Run(dense.arm, low.lr), runs.scale_of("nano")), f"both at {low.lr:g}")):
+        if log.is_file():
+            ratios = [ratio for _, ratio in draw.ratios(low.logs[0], log, "dW")]
+            rows.append([label, f"{statistics.median(ratios):.1f}", f"{max(ratios):.1f}", "10 to 30"])
+    return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], rows)
+
+
+def all_tables(name: str, scale: Scale) -> str:
+    """The tables of an experiment, one below the other."""
+    found = outcomes_of(name, scale)
+    parts = [table(name, scale)]
+    if EXPERIMENTS[name].norms:
+        parts += [norms(found), step_ratios(*found) if name == "fig2" and all(o.logs for o in found) else ""]
+    return "\n".join(filter(None, [*parts, differences(name, found)]))
 
 
 def best_lr(o) -> str:
@@ -65,7 +129,7 @@ def best_lr(o) -> str:
 
 
 def paper_of(name: str, scale: Scale) -> dict:
-    return EXPERIMENTS[name].paper(STANDS_FOR.get(scale.size, scale.size))
+    return EXPERIMENTS[name].paper("S" if scale.size == "nano" else scale.size)
 
 
 def percent(x: float | None) -> str:
@@ -74,15 +138,6 @@ def percent(x: float | None) -> str:
 
 def over(loss: float, best: float) -> str:
     return "" if math.isinf(loss) else f"{loss / best - 1:+.1%}"
-
-
-def sentence(name: str, scale: Scale) -> str:
-    """Does the paper's order hold, by how much, against what spread; what differs."""
-    e, found = EXPERIMENTS[name], outcomes_of(name, scale)
-    order = [compared(a, b) for a, b in zip(found, found[1:])] if e.ordered else []
-    own = SAYS[name](found, scale) if name in SAYS else ""
-    ranks = order and f"The paper's order, in nats: {'; '.join(order)}."
-    return " ".join(filter(None, [own, ranks, e.differs]))
 
 
 def setting(scale: Scale) -> str:
@@ -99,22 +154,26 @@ def report(name: str, scale: Scale) -> None:
     every = "\n".join(f"- {o.label}: " + ", ".join(
         f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
         for o in found)
-    (where / "table.md").write_text(
-        f"# {e.title}\n\n{setting(scale)}. `{runs.reproduce(name, scale)}`\n\n"
-        f"{table(name, scale)}\n{sentence(name, scale)}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
-        "![figure](figure.png)\n")
+    write(where / "table.md", f"# {e.title}\n\n{setting(scale)}. `{runs.reproduce(name, scale)}`\n\n"
+          f"{all_tables(name, scale)}\n{e.note}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
+          "![figure](figure.png)\n")
     arms = [{"arm": o.arm, "flags": ARMS[o.arm].flags, "steps": o.steps, "lr_grid": o.grid, "best_lr": o.lr,
              "seeds": o.by_seed, "n": len(o.losses), "mean": o.mean if o.losses else None, "sd": o.sd,
-             "paper_perplexity": paper.get(o.arm), "logs": [str(log) for log in o.logs]} for o in found]
-    (where / "table.json").write_text(json.dumps(
+             "paper_perplexity": paper.get(o.arm), "logs": [log.as_posix() for log in o.logs]} for o in found]
+    write(where / "table.json", json.dumps(
         {"name": name, "title": e.title, "command": runs.reproduce(name, scale), "scale": scale.given,
          "steps": scale.steps, "tokens_per_step": scale.tokens_per_step, "data": scale.data, "arms": arms},
         indent=1) + "\n")
     lost = [o.label for o in found if not o.logs]
     if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr):
         return print(f"{where}/table.md, table.json; no figure: {', '.join(lost)} diverged at every lr")
-    draw.save(e.figure(found, paper, scale), where / "figure.png", setting(scale))
+    message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
+    draw.save(e.figure(found, paper, scale), where / "figure.png", message or e.title, setting(scale))
     print(f"{where}/table.md, table.json, figure.png", flush=True)
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 ########################################
@@ -140,39 +199,25 @@ def counts(name: str) -> str:
 def write_counts(name: str) -> None:
     where = RESULTS / name
     where.mkdir(parents=True, exist_ok=True)
-    (where / "table.md").write_text(counts(name))
+    write(where / "table.md", counts(name))
     print(f"{where}/table.md")
 
 
-########################################
-#                README                #
-########################################
-
-def readme_section() -> str:
-    """What README.md says of the experiments, from results/ alone."""
-    parts = []
-    for name, given in README:
+def results_readme() -> str:
+    """results/README.md: every table, from the logs alone."""
+    parts = [PROTOCOL]
+    for name, given in REPORT:
         e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)
-        where, drawn = f"results/{name}/{scale.name}", name in DRAWN
-        made_by = f"`{runs.reproduce(name, scale)}`"
-        parts += [f"### {e.title}" + (f", on {given['data']}" if given else ""),
-                  f"![{e.title}]({where}/figure.png)" if drawn else table(name, scale).strip(),
-                  wrapped(f"{sentence(name, scale)} {made_by}; [table]({where}/table.md), "
-                          f"[figure]({where}/figure.png).")]
-    return "\n\n".join([wrapped(setting(runs.scale_of("nano")) + "."), *parts])
+        parts += [f"## {e.title}" + (f", on {given['data']}" if given else ""),
+                  all_tables(name, scale).strip(), f"{e.note} `{runs.reproduce(name, scale)}`, "
+                  f"[figure]({name}/{scale.name}/figure.png)."]
+    return "\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
-def wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def with_section(text: str, section: str) -> str:
-    """A README with its results replaced. UserError where the two marks are not there."""
-    head, first, rest = text.partition(MARKS[0])
-    _, second, tail = rest.partition(MARKS[1])
-    if not (first and second):
-        raise UserError(f"README.md has no results section: expected the lines {MARKS[0]} and {MARKS[1]}")
-    return f"{head}{first}\n\n{section}\n{second}{tail}"
+def write_report() -> None:
+    write(RESULTS / "README.md", results_readme())
+    draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")), RESULTS / "readme.png")
+    print(f"{RESULTS}/README.md, readme.png")
 
 
 ########################################
@@ -199,25 +244,23 @@ def prepare(name: str, scale: Scale) -> None:
             runs.score(Run(o.arm, o.lr), scale, TASKS)
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
-    parser.add_argument("name", choices=[*EXPERIMENTS, *COUNTS, "all", "readme"], metavar="NAME",
-                        help=f"{', '.join([*EXPERIMENTS, *COUNTS])}; all; readme")
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=[*EXPERIMENTS, *COUNTS, "all", "report"], metavar="NAME",
+                        help=f"{', '.join([*EXPERIMENTS, *COUNTS])}; all; report")
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
-    parser.add_argument("--seeds", type=cli.positive, default=3, help="runs at the best learning rate (3)")
-    parser.add_argument("--lrs", type=cli.positive, help="learning rates of each arm (6 at nano, 3 above)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs at the best learning rate (3)")
+    parser.add_argument("--lrs", type=positive, help="learning rates of each arm (6 at nano, 3 above)")
     parser.add_argument("--data", help="token shards (those of train.py)")
-    parser.add_argument("--steps", type=cli.positive,
+    parser.add_argument("--steps", type=positive,
                         help="steps of each run (200 at nano, the paper's above)")
-    parser.add_argument("--tokens_per_step", type=cli.positive, help="tokens of a step (those of train.py)")
+    parser.add_argument("--tokens_per_step", type=positive, help="tokens of a step (those of train.py)")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and end")
     args = parser.parse_args(argv)
-    if args.name == "readme":
-        readme = Path("README.md")
-        readme.write_text(with_section(readme.read_text(), readme_section()))
-        return print(readme)
+    if args.name == "report":
+        return write_report()
     if args.name in COUNTS:
         return write_counts(args.name)
     scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, args.seeds)

@@ -7,7 +7,6 @@ sees the same data in the same order, the same schedule, clipping and adam_lr, a
 the arms beside it; its best one then gets the other seeds.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -17,19 +16,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import methods
-import settings
-from cli import UserError
-from model import NANO_SIZES, SIZES, Llama
-from plot import read_log
+import train
+from data import UserError
+from model import NANO_SIZES, Llama, LlamaConfig
+from tools.plot import read_log
 
 RESULTS, OUT = Path("results"), Path("out/paper")
-SERIES = [float(f"{m}e{e}") for e in range(-6, 3) for m in (1, 2, 5)]  # learning rates: 1, 2, 5, 10, ...
+SERIES = [float(f"{m}e{e}") for e in range(-9, 6) for m in (1, 2, 5)]  # learning rates: 1, 2, 5, 10, ...
+MOST_LRS = 15  # of an arm: around each arm's own, the series reaches as far
 FEW = 3  # learning rates of an arm that is one of many, or costs much
 WIDER = 2  # times that a grid may grow where its best is at the edge
 KEPT = 100  # steps of a log, beside those that were validated
@@ -99,11 +98,13 @@ class Scale:
 
 def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, seeds=3) -> Scale:
     """A scale from what the user gave, a size and what differs from its own, which goes into the name."""
+    if lrs and lrs > MOST_LRS:
+        raise UserError(f"--lrs {lrs}: at most {MOST_LRS}, which span more than four powers of ten")
     given = {"scale": scale, "data": data, "steps": steps, "tokens_per_step": tokens_per_step, "lrs": lrs,
              "seeds": None if seeds == 3 else seeds}
     given, size = {key: value for key, value in given.items() if value is not None}, scale
     nano = size in NANO_SIZES
-    default = settings.NANO if nano else settings.PAPER
+    default = train.NANO if nano else train.PAPER
     shortened = f"-{steps or 'paper'}x{tokens_per_step or default['tokens_per_step']}" \
         if steps or tokens_per_step else ""
     name = size + (f"-{Path(data).name}" if data else "") + shortened
@@ -116,8 +117,8 @@ def steps_of(name: str, scale: Scale) -> int:
     """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs; in time, what
     was decided with its first run."""
     arm = ARMS[name]
-    method = methods.METHODS["dense" if "--method dense" in arm.flags else "spectron"]
-    steps = scale.steps or settings.paper_steps(arm.size or scale.size, method.dense and arm.steps == "flops")
+    dense = "--method dense" in arm.flags
+    steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
         return steps
     begun = [*directory(scale).glob(f"{name}-lr*.jsonl"), *(OUT / scale.name).glob(f"{name}-lr*/log.jsonl")]
@@ -128,12 +129,11 @@ def steps_of(name: str, scale: Scale) -> int:
 
 
 def flops_per_token(name: str, scale: Scale) -> float:
-    """Of a model that is not made; a guide counts for the half of the steps that it is there."""
-    c = settings.resolve(settings.parse(flags_of(ARMS[name], scale), ""), 1)
+    """Of the arm's first step; no model is made."""
+    c = train.resolve(train.parse(flags_of(ARMS[name], scale)))
+    method = train.find_method(c.method, c.method_args)
     with torch.device("meta"):
-        model = Llama(replace(SIZES[c.size], **c.model), methods.find(c.method, c.method_args).linear)
-    guides = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".W"))
-    return model.flops_per_token() - 3 * guides
+        return method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
 
 
 def seconds_per_step(name: str, scale: Scale) -> float:
@@ -241,7 +241,7 @@ def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
     kept = log_of(run, scale)
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
-    part.write_text("".join(thinned(log.read_text().splitlines())))
+    part.write_text("".join(thinned(log.read_text("utf-8").splitlines())), encoding="utf-8")
     os.replace(part, kept)
 
 
@@ -282,6 +282,16 @@ def make_all(runs: list[Run], scale: Scale) -> None:
             raise
 
 
+def lock_file(file) -> None:
+    """Locks an open file until its process ends, on Windows too. OSError where another process has it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 @contextmanager
 def alone(where: Path):
     """UserError where another process makes runs in this directory; SIGTERM is as Ctrl-C meanwhile."""
@@ -290,7 +300,7 @@ def alone(where: Path):
     where.mkdir(parents=True, exist_ok=True)
     with open(where / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
         except OSError:
             raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
         before = signal.signal(signal.SIGTERM, interrupt)

@@ -34,7 +34,7 @@ def read_log(run) -> tuple[dict, list[dict]]:
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
         records = [json.loads(row) for row in rows if row.endswith("\n")]  # a kill may have torn the last one
         header = next(r for r in records if "config" in r)
-        header["config"].keys()
+        header["config"].keys()  # is a dictionary
         return header, [r for r in records if "step" in r]
     except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is not a log of train.py: expected JSON lines, the first one "
@@ -69,7 +69,7 @@ def add_legend(fig, handles, names) -> None:
     """A legend below the axes. The picture grows by what it needs, and long names are wrapped."""
     width = fig.get_figwidth()
     columns = 1 if max(map(len, names)) > 6 * width else 2
-    names = [textwrap.fill(name, int(12 * width / columns)) for name in names]
+    names = [textwrap.fill(name, int(11 * width / columns) - 2) for name in names]
     lines = sum(1 + name.count("\n") for name in names) / columns
     fig.set_figheight(fig.get_figheight() + 0.22 * lines)
     fig.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
@@ -77,6 +77,11 @@ def add_legend(fig, handles, names) -> None:
 
 def figure(runs, out, x="step", y=None) -> None:
     """Draw y over x of these runs to `out`. Without y: a single run's training and validation loss."""
+    draw(runs, x, y).savefig(out, dpi=150)
+
+
+def draw(runs, x, y):
+    """The figure itself. UserError where no run has both x and y."""
     logs = [read_log(run) for run in runs]
     names, of = labels([header["config"] for header, _ in logs], runs), logs[0][0]["config"].get("spectra_of")
     fig = new_figure(7, 4.3)
@@ -99,7 +104,7 @@ def figure(runs, out, x="step", y=None) -> None:
     ax.set_yscale("log" if y in ("dW", "dy", "gauge") else "linear")
     ax.grid(alpha=0.25)
     add_legend(fig, *zip(*curves))
-    fig.savefig(out, dpi=150)
+    return fig
 
 
 @command

@@ -1,0 +1,75 @@
+"""tools/plot.py: labels and legends, and files that are no logs."""
+
+import json
+
+import pytest
+
+from tools import plot
+
+CONFIG = {"size": "nano", "method": "spectron", "lr": 0.1, "renormalize": True, "nesterov": True,
+          "eval_every": 5, "save_every": 5, "batch_size": 16, "spectra_of": "blocks.0.attention.o_proj", "out": "out/x"}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """made(name, **changes) writes a run's log and returns its directory."""
+    def write(name, **changes):
+        (tmp_path / name).mkdir()
+        rows = [{"config": {**CONFIG, **changes}}]
+        rows += [{"step": i, "tokens": 9 * i, "flops": 1e9 * i, "seconds": 2.0 * i, "loss": 5 / i,
+                  "val_loss": 5 / i if i % 2 else None, "dW": 0.1 / i, "W": 1.0, "dy": 0.1, "gauge": 0.5}
+                 for i in range(1, 9)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+    return write
+
+
+def labels(*runs):
+    return plot.labels([plot.read_log(run)[0]["config"] for run in runs], runs)
+
+
+def test_a_label_is_what_differs_and_what_does_not_matter_is_left_out(made):
+    a, b = made("a", lr=0.1), made("b", lr=0.2, eval_every=1, save_every=1, batch_size=4)
+    c = made("c", renormalize=False)
+    assert labels(a, b) == ["lr 0.1", "lr 0.2"] and labels(a, c) == ["spectron", "no renormalize"]
+    assert labels(a) == ["spectron"]
+
+
+def test_copies_of_a_run_are_told_apart_by_the_path_given(made):
+    a, b = made("a"), made("b")
+    assert labels(a, b) == [f"spectron ({a})", f"spectron ({b})"]
+
+
+@pytest.mark.parametrize("count, long", [(1, ""), (2, "x" * 200), (14, ""), (25, "a long name " * 9)])
+def test_a_legend_never_leaves_the_picture(made, tmp_path, count, long):
+    runs = [made(f"{i}", lr=i / 10, method=f"{long}{i}") for i in range(count)]
+    fig = plot.draw(runs, "step", "val_loss")
+    fig.canvas.draw()
+    legend, page = fig.legends[0].get_window_extent(), fig.bbox
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and page.y0 <= legend.y0 and legend.y1 <= page.y1
+    assert fig.axes[0].get_window_extent().height > 150  # the curves keep their room
+
+
+def test_every_axis_is_drawn(made, tmp_path):
+    runs = [str(made("a")), str(made("b", lr=0.2))]
+    for x in "step", "tokens", "flops", "seconds":
+        for y in "val_loss", "loss", "dW", "W", "dy", "gauge":
+            plot.main([*runs, "-o", str(tmp_path / "fig.png"), "--x", x, "--y", y])
+    assert (tmp_path / "fig.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("content", [b"not a log\n", b"", b"\xff\xfe\x00", b"[1, 2]\n", b'{"config": 3}\n',
+                                     b"[" * 100_000 + b"\n"], ids=lambda content: repr(content[:10]))
+def test_files_that_are_no_logs_are_one_message(tmp_path, fails, content):
+    (tmp_path / "log.jsonl").write_bytes(content)
+    fails(plot.main, [tmp_path], "not a log")
+
+
+def test_a_torn_last_line_is_left_out_and_a_log_without_steps_is_said(made, tmp_path, fails):
+    run = made("a")
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+    assert plot.read_log(run)[1][-1]["step"] == 8
+    (tmp_path / "log.jsonl").write_text(json.dumps({"config": CONFIG}) + "\n")
+    fails(plot.main, [tmp_path, "-o", tmp_path / "x.png"], "no steps")
+    fails(plot.main, [run, "-o", "x.xyz"], "x.xyz", ".png")
