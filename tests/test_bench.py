@@ -32,7 +32,7 @@ def test_predicted_hours_follow_the_formula(capsys):
             hours[cells[1]] = [float(cell.split()[0].replace(",", "")) for cell in cells[4:7]]
     with bench.torch.device("meta"):
         flops = (bench.Llama(bench.SIZES["L"]).flops_per_token()
-                 * bench.settings.paper_steps("L", False) * 2**20)
+                 * bench.train.paper_steps("L", False) * 2**20)
     assert hours["L"][0] == pytest.approx(flops / 5e14 / 3600, abs=0.06)
     assert hours["L"][1] == pytest.approx(hours["L"][0] / 8, abs=0.1)
 

@@ -11,13 +11,13 @@ import os
 import platform
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,14 +25,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import cli
 import data
-import methods
-import sample
-import settings
 import train
-from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters, side_by_side
+from data import Parser, UserError, command
+from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters
 from spectron import Spectron
+from tools import machine, plan, prepare
+from tools.sample import Decoder
 
 RESULTS, T = Path("results/bench"), 2048
 HEAD = "| what | here | against | ratio | asked |\n|---|---|---|---|---|"
@@ -58,13 +57,9 @@ def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def middle(seconds) -> float:
-    return statistics.median(seconds)
-
-
 def faster(seconds: dict, one: str, other: str) -> float:
     """How many times as fast `one` is as `other`: the median over the rounds."""
-    return middle(b / a for a, b in zip(seconds[one], seconds[other]))
+    return median(b / a for a, b in zip(seconds[one], seconds[other]))
 
 
 def row(what, here, against="", ratio="", asked="") -> str:
@@ -72,9 +67,9 @@ def row(what, here, against="", ratio="", asked="") -> str:
 
 
 def stamp(device: str = "cpu") -> str:
-    bf16 = "" if device == "cuda" else f", {'' if settings.native_bf16('cpu') else 'no '}native bf16"
+    bf16 = "" if device == "cuda" else f", {'' if train.native_bf16('cpu') else 'no '}native bf16"
     name = (torch.cuda.get_device_name() if device == "cuda"
-            else f"{torch.get_num_threads()} threads, {train.cpu_name()}{bf16}")
+            else f"{torch.get_num_threads()} threads, {machine.cpu_name()}{bf16}")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}; {versions}; {time.strftime('%Y-%m-%d')}"
 
@@ -83,18 +78,20 @@ class Trainer:
     """Steps of train.py in this process, after its flags."""
 
     def __init__(self, flags: str, tokens=None):
-        self.c = settings.resolve(settings.parse(flags.split(), ""), 1)
+        self.c = train.resolve(train.parse(flags.split()))
         torch.manual_seed(0)
         self.device = torch.device(self.c.device)
         with self.device:
             self.model = Llama(LlamaConfig(**self.c.model))
-        self.network = torch.compile(self.model) if self.c.compile else self.model
-        self.optimizers = methods.METHODS[self.c.method].optimizers(self.model, self.c)
-        self.data, self.done = tokens or data.open_data(self.c.data, self.c.seq_len)[0], 0
+        self.network = torch.compile(self.model.to(self.device)) if self.c.compile else self.model
+        self.optimizers = train.METHODS[self.c.method].optimizers(self.model, self.c)
+        self.data = tokens or data.open_split(self.c.data, "train", self.c.seq_len, self.c.tokenizer)
+        self.done = 0
 
     def backward(self):
-        train.backward(self.network, self.data, self.c, self.done, self.device, 0, 1)
-        train.clip_gradients(self.model, 1, 0.0)
+        loss = train.backward(self.network, self.data, self.c, self.done, self.device, 0, 1)
+        norm, *_ = train.read_back(self.model, loss, False, 1)
+        train.clip_gradients(self.model, norm, 1, 0.0)
 
     def update(self):
         train.update(self.optimizers, 1e-3)
@@ -127,7 +124,7 @@ def optimizer() -> list[str]:
     by."""
     with torch.device("meta"):
         shapes = [p.shape for pair in Llama(SIZES["S"]).factor_pairs() for p in pair]
-    dtype = torch.bfloat16 if settings.native_bf16("cpu") else None
+    dtype = torch.bfloat16 if train.native_bf16("cpu") else None
 
     def parameters():
         made = [nn.Parameter(torch.randn(shape) * 0.03) for shape in shapes]
@@ -138,8 +135,8 @@ def optimizer() -> list[str]:
     spectron = Spectron(zip(ours[::2], ours[1::2]), lr=0.01, ns_dtype=dtype)
     muon = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0)
     seconds = in_turn({"Spectron": spectron.step, "Muon": muon.step}, 9)
-    return [row("`Spectron.step()`, factors of S", f"{middle(seconds['Spectron']):.2f} s",
-                f"torch.optim.Muon, the same tensors: {middle(seconds['Muon']):.2f} s",
+    return [row("`Spectron.step()`, factors of S", f"{median(seconds['Spectron']):.2f} s",
+                f"torch.optim.Muon, the same tensors: {median(seconds['Muon']):.2f} s",
                 f"{faster(seconds, 'Spectron', 'Muon'):.2f}x faster", "1.5x"), *quality(dtype)]
 
 
@@ -199,7 +196,7 @@ def nano() -> list[str]:
         adamw.step()
         adamw.zero_grad()
     seconds = in_turn({"nano": ours.step, "dense": dense.step, "plain": plain}, 25)
-    speed = {name: 4096 / middle(s) for name, s in seconds.items()}
+    speed = {name: 4096 / median(s) for name, s in seconds.items()}
     size = sum(p.numel() for p in gpt.parameters()) / 1e6
     return [row("nano training", f"{speed['nano']:,.0f} tok/s",
                 f"dense weights, Muon: {speed['dense']:,.0f} tok/s",
@@ -221,13 +218,12 @@ def linears() -> list[str]:
 
         def run(layers=layers, x=x, wide=wide):
             with torch.autocast("cpu", torch.bfloat16):
-                out = [*side_by_side(layers[:3], x), layers[3](x),
-                       *side_by_side(layers[4:6], x), layers[6](wide)]
+                out = [*(layer(x) for layer in layers[:6]), layers[6](wide)]
             torch.autograd.backward(out, [torch.ones_like(y) for y in out])
         arms[name] = run
     seconds = in_turn(arms, 15)
-    return [row("seven linears of an S block, 2,048 tokens", f"{1e3 * middle(seconds['low-rank']):.0f} ms",
-                f"dense: {1e3 * middle(seconds['dense']):.0f} ms",
+    return [row("seven linears of an S block, 2,048 tokens", f"{1e3 * median(seconds['low-rank']):.0f} ms",
+                f"dense: {1e3 * median(seconds['dense']):.0f} ms",
                 f"{faster(seconds, 'low-rank', 'dense'):.2f}x", "1.6x (FLOPs: 1.9x)")]
 
 
@@ -237,21 +233,21 @@ def sequence() -> list[str]:
     ours, dense = one_sequence(), one_sequence("--method dense")
     seconds = in_turn({"S": ours.backward, "dense": dense.backward}, 5)
     del dense
-    taken = middle(seconds["S"])
+    taken = median(seconds["S"])
     updates = []
     for _ in range(3):
         ours.backward()
         started = time.perf_counter()
         ours.update()
         updates.append(time.perf_counter() - started)
-    update = middle(updates)
+    update = median(updates)
     shapes = [tuple(p.shape) for pair in ours.model.factor_pairs() for p in pair]
     shapes += [tuple(ours.model.head.weight.shape)]
     flops = 6 * T * sum(m * r for m, r in shapes)
     rate, big = bare_products(shapes), bare_products([(4096, 4096)], 4096)
     share = update / (2**20 / T * taken + update)
     return [row("S, forward + backward, 2,048 tokens", f"{taken:.2f} s",
-                f"dense: {middle(seconds['dense']):.2f} s",
+                f"dense: {median(seconds['dense']):.2f} s",
                 f"{faster(seconds, 'S', 'dense'):.2f}x", "report"),
             row("where it goes", where(ours.backward), "", "", "report"),
             row("products of the weights in that time", f"{flops / taken / 1e12:.3f} TFLOP/s",
@@ -264,11 +260,11 @@ def sequence() -> list[str]:
 def bare_products(shapes, tokens: int = T) -> float:
     """FLOP/s of a layer's three products, x W^T, dy W, dy^T x, over weights of these shapes, each timed
     alone."""
-    dtype, flops, seconds = torch.bfloat16 if settings.native_bf16("cpu") else torch.float32, 0, 0.0
+    dtype, flops, seconds = torch.bfloat16 if train.native_bf16("cpu") else torch.float32, 0, 0.0
     for shape in set(shapes):
         W, (x, dy) = torch.randn(shape).to(dtype), (torch.randn(tokens, k).to(dtype) for k in reversed(shape))
         times = in_turn({"forward": lambda: x @ W.T, "dx": lambda: dy @ W, "dW": lambda: dy.T @ x}, 7)
-        seconds += shapes.count(shape) * sum(middle(s) for s in times.values())
+        seconds += shapes.count(shape) * sum(median(s) for s in times.values())
         flops += shapes.count(shape) * 6 * tokens * W.numel()
     return flops / seconds
 
@@ -278,8 +274,7 @@ def where(run) -> str:
     with torch.profiler.profile() as profile:
         run()
     kinds = {"products": r"aten::(mm|addmm)$",
-             "attention": r"attention|Attention|aten::(bmm|exp_|masked_fill_)$",  # some of exp_ is the loss
-             "loss": r"softmax|scatter|gather|CrossEntropy",
+             "attention": r"attention", "loss": r"softmax|nll_loss",
              "copies": r"aten::(copy_|cat|clone|fill_|zero_)$"}
     rest = "elementwise and the rest"
     total, sums = 0.0, dict.fromkeys([*kinds, rest], 0.0)
@@ -321,7 +316,7 @@ def start() -> list[str]:
             times.append(time.perf_counter() - started)
             process.kill()
             process.wait()
-    return [row("start of `python train.py` to its first step", f"{middle(times):.1f} s", "", "", "6 s")]
+    return [row("start of `python train.py` to its first step", f"{median(times):.1f} s", "", "", "6 s")]
 
 
 def batches() -> list[str]:
@@ -331,12 +326,12 @@ def batches() -> list[str]:
         for i in range(10):
             tokens = np.random.randint(0, 50257, 10**7).astype(np.uint16)
             data.write_shard(Path(directory) / f"train_{i:06}.bin", tokens)
-        split = data.Split(Path(directory), "train", 256, 50257, "")
+        split = data.Split(Path(directory), "train", 256, "gpt2")
         steps = iter(range(10**6))
         seconds = in_turn({"batch": lambda: split.batch(next(steps), 16, 0, 0, 1), "step": trainer.step}, 15)
-    part = middle(seconds["batch"]) / middle(seconds["step"])
-    return [row("a batch of 4,096 tokens from ten shards", f"{1e3 * middle(seconds['batch']):.2f} ms",
-                f"a step of nano: {1e3 * middle(seconds['step']):.0f} ms", f"{part:.2%}", "1%")]
+    part = median(seconds["batch"]) / median(seconds["step"])
+    return [row("a batch of 4,096 tokens from ten shards", f"{1e3 * median(seconds['batch']):.2f} ms",
+                f"a step of nano: {1e3 * median(seconds['step']):.0f} ms", f"{part:.2%}", "1%")]
 
 
 def memory() -> list[str]:
@@ -358,29 +353,29 @@ def memory() -> list[str]:
 def tokenize(files: list[Path], tokenizer: str = "gpt2", repeats: int = 3) -> list[str]:
     """Tokens per second of write_corpus (documents in, shards on disk out) and of encode_ordinary_batch on
     the same documents and threads, in turn; and the memory that write_corpus adds at most."""
-    texts = [text for path in files for text in data.documents(path)]
+    texts = [text for path in files for text in prepare.documents(path)]
     encoding, threads = data.get_tokenizer(tokenizer), os.cpu_count()
     ours, theirs, grown = [], [], 0
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as directory:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             started = time.perf_counter()
-            meta = data.write_corpus(texts, tokenizer, Path(directory) / "shards", "bench", quiet=True)
+            meta = prepare.write_corpus(texts, tokenizer, Path(directory) / "shards", "bench", quiet=True)
             ours.append((meta["train_tokens"] + meta["val_tokens"]) / (time.perf_counter() - started))
             grown = max(grown, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         started = time.perf_counter()
         tokens = sum(len(ids) for i in range(0, len(texts), 256)
                      for ids in encoding.encode_ordinary_batch(texts[i:i + 256], num_threads=threads))
         theirs.append(tokens / (time.perf_counter() - started))
-    return [row(f"`data.py text`, {len(texts):,} documents, {threads} threads, to shards on disk",
-                f"{middle(ours):,.0f} tokens/s, {grown / 1024:.0f} MB more memory",
-                f"tiktoken's encode_ordinary_batch, to lists: {middle(theirs):,.0f} tokens/s",
-                f"{middle(a / b for a, b in zip(ours, theirs)):.2f}", "0.9")]
+    return [row(f"`tools.prepare text`, {len(texts):,} documents, {threads} threads, to shards on disk",
+                f"{median(ours):,.0f} tokens/s, {grown / 1024:.0f} MB more memory",
+                f"tiktoken's encode_ordinary_batch, to lists: {median(theirs):,.0f} tokens/s",
+                f"{median(a / b for a, b in zip(ours, theirs)):.2f}", "0.9")]
 
 
 def decoding(model: Llama, count: int, rounds: int = 3) -> str:
     """Tokens per second at batch 1 and 16 with a KV cache, greedy: a low-rank model, and dense weights of the
-    same shape, in turn (python sample.py out/run --bench)."""
+    same shape, in turn (python -m tools.sample out/run --bench)."""
     config, like = model.config, model.head.weight
     dense = Llama(replace(config, rank_ratio=None)).to(like.device, like.dtype)
     arms, count = {"low-rank": model, "dense": dense}, min(count, config.seq_len - 1)
@@ -393,13 +388,13 @@ def decoding(model: Llama, count: int, rounds: int = 3) -> str:
     for batch in 1, 16:
         seconds = in_turn({name: lambda arm=arm: decode(arm, batch, count) for name, arm in arms.items()},
                           rounds)
-        speeds = [f"{batch * count / middle(column):,.1f}" for column in seconds.values()]
+        speeds = [f"{batch * count / median(column):,.1f}" for column in seconds.values()]
         lines.append(f"| {batch} | {' | '.join(speeds)} | {faster(seconds, 'low-rank', 'dense'):.2f}x |")
     return "\n".join(lines)
 
 
 def decode(model: Llama, rows: int, count: int) -> None:
-    decoder = sample.Decoder(model, rows)
+    decoder = Decoder(model, rows)
     tokens = torch.zeros(rows, 1, dtype=torch.int64, device=decoder.context.device)
     for _ in range(count):
         tokens = decoder(tokens).argmax(-1, keepdim=True)
@@ -412,7 +407,7 @@ def decode(model: Llama, rows: int, count: int) -> None:
 def gpu(sizes=("S", "M", "L"), device="cuda", rounds=5, batch=16) -> list[str]:
     """tokens/s, MFU, the optimizers' share of a step of 2^20 tokens, peak memory, time to the first step; for
     factorized and dense, compiled and not. Then nano on this device beside nano on the CPU."""
-    rows, peak = [], train.peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    rows, peak = [], machine.peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     for size in sizes:
         for method in "spectron", "dense":
             for compiled in (True, False) if device == "cuda" else (False,):
@@ -424,7 +419,7 @@ def gpu(sizes=("S", "M", "L"), device="cuda", rounds=5, batch=16) -> list[str]:
                 next(trainer.model.parameters()).sum().item()  # waits for the device
                 first = time.perf_counter() - started
                 seconds = in_turn({"backward": trainer.backward, "step": trainer.step}, rounds)
-                backward, update = middle(seconds["backward"]), middle(
+                backward, update = median(seconds["backward"]), median(
                     b - a for a, b in zip(seconds["backward"], seconds["step"]))
                 speed = 2**20 / (2**20 / batch / T * backward + update)
                 mfu = f"{speed * trainer.model.flops_per_token() / peak:.1%}" if peak else "n/a"
@@ -457,7 +452,7 @@ def predict(mfu: float, peak: float, link: float) -> list[str]:
             "| size | parameters | tokens | 1 GPU | 8 GPUs | 64 GPUs | memory a GPU, 8 x 2,048 tokens |",
             "|---|---|---|---|---|---|---|"]
     for size in "S", "M", "L", "2.7B":
-        config, steps = SIZES[size], settings.paper_steps(size, False)
+        config, steps = SIZES[size], train.paper_steps(size, False)
         with torch.device("meta"):
             model = Llama(config)
         N = sum(p.numel() for p in model.parameters())
@@ -469,16 +464,16 @@ def predict(mfu: float, peak: float, link: float) -> list[str]:
                             seq_len=T)
         rows.append(f"| {size} | {N / 1e6:,.0f}M | {steps * 2**20 / 1e9:.1f}B | "
                     + " | ".join(f"{hours(gpus):,.2f} h" for gpus in (1, 8, 64))
-                    + f" | {settings.memory(c, model).rsplit(';')[-1].strip()} |")
+                    + f" | {plan.memory(c, model).rsplit(';')[-1].strip()} |")
     return rows
 
 
 ALL = {f.__name__: f for f in (optimizer, nano, linears, sequence, init, start, batches, memory)}
 
 
-@cli.command
+@command
 def main(argv=None):
-    parser = cli.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"{', '.join([*ALL, 'tokenize', 'predict'])} (all)")
     parser.add_argument("--text", nargs="+", type=Path, default=[],
@@ -493,15 +488,15 @@ def main(argv=None):
     known = {**ALL, "tokenize": lambda: tokenize(args.text),
              "predict": lambda: predict(args.mfu, args.peak, args.link)}
     if unknown := [name for name in args.names if name not in known]:
-        raise cli.UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(known)}")
+        raise UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(known)}")
     if args.gpu and not torch.cuda.is_available():
-        raise cli.UserError(f"--gpu: torch {torch.__version__} finds no CUDA device; "
+        raise UserError(f"--gpu: torch {torch.__version__} finds no CUDA device; "
                             "python -m tools.bench measures the CPU")
     if "tokenize" in args.names and not args.text:
-        raise cli.UserError("tokenize needs documents: --text FILE")
+        raise UserError("tokenize needs documents: --text FILE")
     names = ["gpu"] if args.gpu else args.names or [*ALL, *(["tokenize"] if args.text else [])]
-    if {"nano", "start", "batches", "gpu"} & set(names) and not Path(settings.NANO["data"]).is_dir():
-        data.build_stdlib(settings.NANO["data"])
+    if {"nano", "start", "batches", "gpu"} & set(names) and not Path(train.NANO["data"]).is_dir():
+        prepare.build_stdlib(train.NANO["data"])
     lines = [stamp("cuda" if args.gpu else "cpu"), "", *([] if names == ["predict"] else [HEAD])]
     print("\n".join(lines), flush=True)
     for name in names:
@@ -511,7 +506,7 @@ def main(argv=None):
     if args.gpu or not args.names:
         path = RESULTS / ("gpu.md" if args.gpu else "cpu.md")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written to {path}")
 
 
