@@ -55,25 +55,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message if "--help" in message else f"{message}; see --help")
 
 
-def positive(text: str) -> int:
-    """For add_argument(type=...): a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number of at least 1")
-    return int(text)
-
-
-def number(below: float = float("inf"), kind=float):
-    """For add_argument(type=...): a number of at least 0, smaller than `below`."""
+def number(kind=float, least=0, below: float = float("inf")):
+    """For add_argument(type=...): an int or a float, whichever `kind` is, of at least `least`."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            value = -1
-        if not 0 <= value < below:
+            value = least - 1
+        if not least <= value < below:
             raise argparse.ArgumentTypeError(f"{text!r} has to be a{' whole' * (kind is int)} number of at "
-                                             f"least 0, below {below:g}")
+                                             f"least {least}" + f", below {below:g}" * (below < float("inf")))
         return value
     return parse
+
+
+positive = number(int, 1)
 
 
 def command(main):
@@ -113,21 +109,16 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 class Progress:
-    """progress(done, total) shows a line with rate and time left, where stderr is a terminal."""
+    """progress(done, total) shows a line with the time left, where stderr is a terminal."""
 
-    def __init__(self, what: str, unit: str):
-        self.what, self.unit, self.started, self.shown = what, unit, time.monotonic(), 0.0
-        self.silent = not sys.stderr.isatty() or rank_and_ranks()[0] != 0
+    def __init__(self, what: str):
+        self.what, self.started = what, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.silent or (done < total and now - self.shown < 0.5):
-            return
-        self.shown, rate = now, done / max(now - self.started, 1e-9)
-        left = round((total - done) / rate) if rate else 0
-        text = (f"{self.what}: {done:,}/{total:,} {self.unit}, {rate:,.1f} a second, "
-                f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left") if done < total else ""
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty() and rank_and_ranks()[0] == 0:
+            left = round((time.monotonic() - self.started) / max(1, done) * (total - done))
+            line = f"{self.what}: {done:,}/{total:,}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            print(f"\r\033[K{line if done < total else ''}", end="", file=sys.stderr, flush=True)
 
 
 ########################################
@@ -302,6 +293,6 @@ def open_split(directory, split: str, seq_len: int, tokenizer: str) -> Split:
                         f"{how_to_build(directory, tokenizer)}")
     opened, made_with = Split(directory, split, seq_len, tokenizer), read_meta(directory)["tokenizer"]
     if made_with != tokenizer:
-        raise UserError(f"{directory} was made with tokenizer {made_with!r}, and {tokenizer!r} is needed. "
-                        f"Make shards: python -m tools.prepare text FILE... --tokenizer {tokenizer} --out DIR")
+        raise UserError(f"{directory} was made with tokenizer {made_with!r}, and {tokenizer!r} is needed: "
+                        f"python -m tools.prepare text FILE... --tokenizer {tokenizer} --out DIR")
     return opened

@@ -1,5 +1,5 @@
-"""Scores of a run: perplexity and bits per byte on its validation shards; zero-shot accuracy on HellaSwag, PIQA
-and ARC-Easy, equal to that of lm-evaluation-harness 0.4 (tests/compare_lm_eval.py runs both).
+"""Scores of a run: perplexity and bits per byte on its validation shards; zero-shot accuracy on HellaSwag,
+PIQA and ARC-Easy, equal to that of lm-evaluation-harness 0.4 (tests/compare_lm_eval.py runs both).
 
     python eval.py out/run
     python eval.py out/run --tasks perplexity,hellaswag,piqa,arc_easy --json scores.json --items items.jsonl
@@ -117,8 +117,8 @@ def load_model(checkpoint: dict, device) -> Llama:
                 model = Llama(LlamaConfig(**config["model"]), method.linear)
         model.load_state_dict(weights, assign=True)
     except (*BROKEN, UserError) as error:
-        raise UserError("the checkpoint is damaged, or made by a method that is not here: its weights do not fit "
-                        f"its config ({type(error).__name__}: {str(error)[:200]})") from None
+        raise UserError("the checkpoint is damaged, or made by a method that is not here: its weights do not "
+                        f"fit its config ({type(error).__name__}: {str(error)[:200]})") from None
     return model.to(device)
 
 
@@ -142,7 +142,7 @@ def baseline(name: str, args: dict):
         return importlib.import_module(module).method(**args)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
-                        f"{module.replace('.', '/')}.py with a function method(), whose arguments are those of "
+                        f"{module.replace('.', '/')}.py with a function method(), whose arguments are "
                         "--method_args") from None
 
 
@@ -246,8 +246,8 @@ def read_task(task: str, directory: Path) -> list[Item]:
             raise UserError(f"{path}, line {number}: not an item with its label ({type(error).__name__}: "
                             f"{error}), found {line.strip()[:60]!r}. Is a file cut short? {FETCH}") from None
     if not items or (labels and len(labels) != len(items)):
-        raise UserError(f"{path} has {len(items):,} items" + f" and {len(labels or []):,} labels" * bool(labels)
-                        + f": it is not whole. {FETCH}")
+        counts = f"{len(items):,} items" + (f" and {len(labels):,} labels" if labels else "")
+        raise UserError(f"{path} has {counts}: it is not whole. {FETCH}")
     return items
 
 
@@ -403,9 +403,9 @@ def main(argv=None):
     for name in args.tasks:
         if name == "perplexity":
             scores |= validate(model, val, args.eval_tokens, args.batch_size, dtype, token_bytes(tokenizer),
-                               Progress("perplexity", "tokens"))
+                               Progress("perplexity, tokens"))
         else:
-            found, answered = evaluate(model, name, items[name], tokenizer, dtype, Progress(name, "items"))
+            found, answered = evaluate(model, name, items[name], tokenizer, dtype, Progress(f"{name}, items"))
             scores, records = scores | found, records + answered
     if my_rank()[0] == 0:
         print("\n".join(f"{key}: {value}" for key, value in scores.items()))

@@ -68,8 +68,8 @@ def adamw(params, lr, c):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for dense matrices, as torch.optim.Muon does it. Torch's always multiplies in bfloat16, which a CPU
-    without bfloat16 hardware does 28 times slower than this."""
+    """Muon for dense matrices, as torch.optim.Muon does it. Torch's always multiplies in bfloat16: on a CPU
+    without bfloat16 hardware it is 28 times slower than this."""
 
     def __init__(self, params, ns_dtype=None, **settings):
         super().__init__(params, settings)
@@ -172,7 +172,7 @@ def parse(argv) -> dict:
     add("size", list(SIZES), "the paper's sizes (S = 134M, M = 500M, L = 780M), or nano for laptops (nano)")
     add("method", str, f"{', '.join(METHODS)}, or a file in baselines/, such as self-guided (spectron)")
     add("method_args", key_and_value, "of a method in baselines/", nargs="+", metavar="KEY=VALUE")
-    add("rank_ratio", number(1.0001), "rank over the input width of each matrix, in (0, 1] (0.25)")
+    add("rank_ratio", number(below=1.0001), "rank over the input width of each matrix, in (0, 1] (0.25)")
     add("factorize", ["all", "ffn"], "which matrices of a block are low-rank (all)")
     # the optimizer
     add("lr", number(), "learning rate of the block matrices; for spectron the bound on ||dW||_2 of a step\n("
@@ -182,7 +182,7 @@ def parse(argv) -> dict:
     add("renormalize", bool, "spectron: divide lr by sigma_A + sigma_B + 1 (on)")
     add("adam_lr", number(), "AdamW's learning rate for embedding, head and norms (3e-3)")
     add("muon_lr", number(), "spectron with --factorize ffn: Muon's for the dense matrices (0.02)")
-    add("momentum", number(1), "of spectron and Muon, in [0, 1) (0.95; nano 0.9)")
+    add("momentum", number(below=1), "of spectron and Muon, in [0, 1) (0.95; nano 0.9)")
     add("nesterov", bool, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter (on)")
     add("shape_scale", bool, "multiply A's update by sqrt(max(1, m / r)), as the public code does (off)")
     add("ns_steps", positive, "Newton-Schulz iterations (5)")
@@ -194,7 +194,7 @@ def parse(argv) -> dict:
     add("tokens_per_step", positive, "the batch, over all ranks and micro-steps (1,048,576; nano 4,096)")
     add("batch_size", positive, "sequences per device and micro-step: memory, never the result (by device)")
     add("seq_len", positive, "tokens per sequence (2,048; nano 256)")
-    add("seed", number(2**63, int), "of the initial weights and the order of the data (0)")
+    add("seed", number(int, 0, 2**63), "of the initial weights and the order of the data (0)")
     add("data", str, "directory of token shards (data/fineweb; nano data/stdlib, built where it is missing)")
     add("out", str, "directory of the run (the next free out/<size>-<method>-NN)")
     add("device", ["cuda", "cpu", "mps"], "(the first that is there)")
@@ -333,15 +333,6 @@ def split_batch(c, chosen: bool, ranks: int) -> None:
                         f"gives each of {ranks} rank(s); the nearest that does: --batch_size "
                         f"{min(valid, key=lambda d: abs(d - c.batch_size))}")
     c.micro_steps = sequences // c.batch_size
-
-
-def describe(c, model, ranks: int) -> str:
-    """Every setting, what the model has, and how a step's tokens come together."""
-    settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
-    factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
-    return (f"settings: {settings}\nmodel: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{factors:,} of them in factors\nbatch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} "
-            f"rank(s) x {c.micro_steps} micro-step(s) = {c.tokens_per_step:,} tokens a step")
 
 
 ########################################
@@ -554,25 +545,6 @@ def line(record: dict, c, speed: float, mfu: float | None) -> str:
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
 
-def report(model, tokenizer, out: Path, c, step: int, seconds: float, scores: dict) -> None:
-    """The end of a run: a sample, the figure, and a block of `key: value` lines."""
-    from tools import plot, sample
-    if step:
-        plot.figure([out], out / "loss.png")
-    print("---")
-    if step < c.steps and "diverged" not in scores:
-        print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
-              f"--out {shlex.quote(str(out))}")
-    elif tokenizer and scores.get("val_loss") is not None:
-        steps = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
-        print(f"sample:\n{''.join(text for text, in sample.texts(tokenizer, steps, 1))}\n---")
-    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
-    results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
-                if (out / file).exists()}
-    print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
-                    for key, value in results.items()), flush=True)
-
-
 ########################################
 #               The run                #
 ########################################
@@ -670,7 +642,7 @@ def wrapped(model, c, ranks: int):
 
 def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int, ranks: int) -> None:
     """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `caught`."""
-    from tools import machine
+    from tools import machine, plan, report
     train, val, tokenizer = corpus
     method = find_method(c.method, c.method_args)
     # The seed decides the weights. They are made on the device, where the SVDs of a large model are fast.
@@ -692,7 +664,7 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
     peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
     if rank == 0:
         out, log = open_log(argv, c, step, ranks)
-        print(describe(c, model, ranks), flush=True)
+        print(plan.describe(c, model, ranks), flush=True)
 
     scores, diverged, last = {}, None, False
     shown = step, seconds  # the speed of the next logged step is counted from here
@@ -750,7 +722,7 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
             print(json.dumps({"step": step + 1, "diverged": diverged}), file=log)
             scores = {"diverged": diverged}
         log.close()
-        report(model, tokenizer, out, c, step, seconds, scores)
+        report.end_of_run(model, tokenizer, out, c, step, seconds, scores)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,13 @@ class Tokens:
 
 
 FakeTensor.tolist, FakeTensor.pin_memory = tolist, lambda x: x.clone()
-c = train.resolve(train.parse("--size nano-0.6M --device cuda --dry_run --dtype bfloat16 --tokens_per_step 8192 "
-                              "--batch_size 16".split()))
+c = train.resolve(train.parse("--size nano-0.6M --device cuda --dry_run --dtype bfloat16 "
+                              "--tokens_per_step 8192 --batch_size 16".split()))
 device = torch.device("cuda", 0)
 with FakeTensorMode(), Watch():
     with torch.device(device):
         model = Llama(LlamaConfig(**c.model))
-    model.rope = model.rope.to(device)  # model.to(device) does it in train.py; fake parameters cannot be moved
+    model.rope = model.rope.to(device)  # train.py calls model.to(device); fake parameters cannot be moved
     assert all(x.device == device for x in [*model.parameters(), *model.buffers()])
     optimizers = train.METHODS["spectron"].optimizers(model, c)
     probe = torch.zeros(1, 64, dtype=torch.int64, device=device)

@@ -11,8 +11,8 @@ FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)\n"
 
 def torchrun(where, ranks: int, flags, before: str = FLOAT64, after: str = "") -> None:
     """train.main(TINY + flags) on so many gloo ranks, one thread each. It runs in float64 unless `before`
-    says otherwise: sums over ranks and over micro-steps round in another order, and optimizers like Adam turn the
-    rounding of a tiny gradient into a whole step."""
+    says otherwise: sums over ranks and over micro-steps round in another order, and optimizers like Adam
+    turn the rounding of a tiny gradient into a whole step."""
     script = where / f"rank_of_{ranks}.py"
     argv = [*TINY, *map(str, flags)]
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}import train\n"

@@ -24,7 +24,7 @@ needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ comp
 
 @needs_gcc
 def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(corpus, tmp_path):
-    """Through train.py, on one rank and on two with no_sync, with validation, the probe and a sample between."""
+    """Through train.py, on one rank and on two with no_sync; validation, the probe and a sample between."""
     flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
              "--data", corpus]
     runs = {"plain": (1, [], ""), "compiled": (1, ["--compile"], COMPILE),
@@ -41,13 +41,14 @@ def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_l
 @needs_gcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 def test_a_step_on_a_gpu_stays_on_it_and_waits_for_it_once(tmp_path):
-    """On fake CUDA tensors a tensor on the wrong device is an error. The one wait is for the norm to clip by."""
+    """On fake CUDA tensors a tensor on the wrong device is an error. The one wait is for the clip's norm."""
     found, library = Path(torch.__file__).parent, tmp_path / "fake_cuda.so"
     built = subprocess.run(
-        ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{found}/include", ROOT / "tests/fake_cuda.cpp", "-o", library,
-         f"-L{found}/lib", "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
+        ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{found}/include", ROOT / "tests/fake_cuda.cpp", "-o",
+         library, f"-L{found}/lib", "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
     if built.returncode:
         pytest.skip(f"this torch has other headers: {built.stderr[-200:]}")
-    done = subprocess.run([sys.executable, ROOT / "tests/fake_cuda_step.py", library], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "tests/fake_cuda_step.py", library], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "waits: ['tolist']; blocking copies: []\n"

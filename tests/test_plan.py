@@ -21,7 +21,7 @@ def test_a_plan_of_every_size_is_told_without_data(capsys, tmp_path, monkeypatch
 
 
 def test_the_memory_of_weights_gradients_and_state_is_exact(capsys, tmp_path, monkeypatch):
-    """S with GPT-2's tokens: 121.7M weights in fp32; momentum for 44.4M in factors, two moments for the rest."""
+    """S with GPT-2's tokens: 121.7M weights in fp32; momentum for 44.4M in factors, two moments else."""
     monkeypatch.chdir(tmp_path)
     train.main(["--size", "S", "--dry_run"])
     printed = capsys.readouterr().out.replace("\n  ", " ")

@@ -7,7 +7,8 @@ import pytest
 from tools import plot
 
 CONFIG = {"size": "nano", "method": "spectron", "lr": 0.1, "renormalize": True, "nesterov": True,
-          "eval_every": 5, "save_every": 5, "batch_size": 16, "spectra_of": "blocks.0.attention.o_proj", "out": "out/x"}
+          "eval_every": 5, "save_every": 5, "batch_size": 16, "spectra_of": "blocks.0.attention.o_proj",
+          "out": "out/x"}
 
 
 @pytest.fixture

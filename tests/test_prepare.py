@@ -118,7 +118,7 @@ def test_misuse_of_the_command_gets_one_message(tmp_path, fails):
 
 
 def pieces_as_before(text, chunk=4096):
-    """The former rule for text with line ends: after a blank line from 4 kB on, any line end from 16 kB on."""
+    """The rule for text with line ends: after a blank line from 4 kB on, after any line end from 16 kB on."""
     lines, size = [], 0
     for line in text.splitlines(keepends=True):
         lines.append(line)
@@ -143,7 +143,8 @@ def test_text_is_cut_at_blank_lines_then_line_ends_then_spaces_then_anywhere(tmp
             assert max(map(len, found)) <= most and len(found) >= len(text) // most
         else:
             assert [piece for piece in found if piece] == list(pieces_as_before(text))
-    meta = prepare.write_corpus(prepare.documents(tmp_path / "a.txt"), "bytes", tmp_path / "d", "t", quiet=True)
+    found = prepare.documents(tmp_path / "a.txt")
+    meta = prepare.write_corpus(found, "bytes", tmp_path / "d", "test", quiet=True)
     assert meta["val_tokens"] < 0.2 * meta["train_tokens"]  # equal pieces share a split; two lines did not
 
 
@@ -165,7 +166,8 @@ def test_an_out_that_cannot_be_made_is_found_before_the_work(tmp_path, fails, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(prepare, "split_and_write", lambda *args: pytest.fail("worked first"))
     for out in "link", "file", "file/sub":
-        fails(prepare.main, ["text", tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / out], out)
+        argv = ["text", tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / out]
+        fails(prepare.main, argv, out)
     fails(prepare.main, ["text", tmp_path / "a.txt", "--out", ""], "--out is empty")
     fails(prepare.main, ["text", tmp_path, "--out", tmp_path / "d"], "no such file")
 

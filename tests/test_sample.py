@@ -189,8 +189,9 @@ def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, m
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_without_utf8_shows_what_it_can(trained, encoding):
-    done = subprocess.run([sys.executable, "-m", "tools.sample", trained, "--prompt", "é\u263a ", "--tokens", "9"],
-                          cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    command = [sys.executable, "-m", "tools.sample", trained, "--prompt", "é\u263a ", "--tokens", "9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 0 and done.stderr == b""
     assert done.stdout.startswith("é? ".encode(encoding, "replace"))
 

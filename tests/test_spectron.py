@@ -321,7 +321,8 @@ def test_bad_pairs_and_settings_are_refused():
 class CountKernels(TorchDispatchMode):
     """Counts operations that read or write memory: on a GPU each of them launches at least one kernel."""
     views = {"view", "_unsafe_view", "unbind", "transpose", "unsqueeze", "squeeze", "expand", "select",
-             "slice", "alias", "detach", "promote_types", "_record_function_enter_new", "_record_function_exit"}
+             "slice", "alias", "detach", "promote_types", "_record_function_enter_new",
+             "_record_function_exit"}
 
     def __init__(self):
         super().__init__()

@@ -124,7 +124,8 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
     building = to.with_name(f"{to.name}.building.{os.getpid()}")  # renamed when it is whole
     building.mkdir(parents=True)
     try:
-        save_file(weights(model, tokenizer.n_vocab), building / "model.safetensors", metadata={"format": "pt"})
+        tensors = weights(model, tokenizer.n_vocab)
+        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         if factors:
             save_file(pairs, building / "factors.safetensors", metadata={"format": "pt"})
         for name, content in files.items():

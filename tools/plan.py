@@ -1,4 +1,4 @@
-"""What a run needs, without running it: `python train.py ... --dry_run`."""
+"""What a run is and what it needs: printed when it starts, and by `python train.py ... --dry_run`."""
 
 import math
 import textwrap
@@ -11,21 +11,32 @@ from model import FactorizedLinear, count_parameters, split_parameters
 
 
 def describe(c, model, ranks: int) -> str:
-    """What train.py says at the start, with the tokens, FLOPs and memory of the run. `model` may be on the
-    meta device."""
+    """Every setting, what the model has, how a step's tokens come together, and what the run costs. `model`
+    may be on the meta device."""
+    settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
+    factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
     flops = train.find_method(c.method, c.method_args).flops_per_token(model)
-    here = Path(c.data).is_dir()
-    windows = data.open_split(c.data, "train", c.seq_len, c.tokenizer).windows if here else 0
-    lines = [*train.describe(c, model, ranks).split("\n"),
-             f"if all were dense: {count_parameters(replace(model.config, rank_ratio=None)):,} parameters",
-             f"tokens: {c.steps:,} steps, {tokens:,} tokens, {math.ceil(tokens / data.SHARD_TOKENS)} shard(s) "
-             "of 100M" + (f", {tokens / (windows * c.seq_len):.2f} epochs of {c.data}" if here else ""),
+    lines = [f"settings: {settings}",
+             f"model: {parameters:,} parameters, {factors:,} of them in factors "
+             f"({count_parameters(replace(model.config, rank_ratio=None)):,} if all were dense)",
+             f"batch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} rank(s) x "
+             f"{c.micro_steps} micro-step(s) = {c.tokens_per_step:,} tokens a step",
+             f"tokens: {c.steps:,} steps, {tokens:,} tokens, "
+             f"{math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M{epochs(c, tokens)}",
              f"FLOPs: {round(flops):,} a token in the first step, {flops * tokens:.3e} at that rate in all "
              f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
              "memory per device: " + memory(c, model)]
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
                      for line in lines)
+
+
+def epochs(c, tokens: int) -> str:
+    """How often the text is seen, where it is here."""
+    if not Path(c.data).is_dir():
+        return ""
+    split = data.open_split(c.data, "train", c.seq_len, c.tokenizer)
+    return f", {tokens / (split.windows * c.seq_len):.2f} epochs of {c.data}"
 
 
 def memory(c, model) -> str:

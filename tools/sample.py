@@ -127,7 +127,7 @@ def main(argv=None):
     parser.add_argument("--temperature", type=number(), default=0.8,
                         help="0 always takes the likeliest (0.8)")
     parser.add_argument("--top_k", type=positive, default=50, help="draw among this many (50)")
-    parser.add_argument("--seed", type=number(2**62, int), default=1,
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=1,
                         help="of the first text; the next has seed + 1 (1)")
     parser.add_argument("-n", type=positive, default=1, help="texts to draw; the first is streamed (1)")
     parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
