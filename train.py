@@ -569,14 +569,15 @@ def main(argv=None):
     if checkpoint and checkpoint["step"] >= stop:
         raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
                         f"to do up to step {stop}. Its scores: python eval.py {shlex.quote(given['out'])}")
+    method = find_method(c.method, c.method_args)
     with torch.device("meta"):  # shapes without memory
-        blank = Llama(LlamaConfig(**c.model), find_method(c.method, c.method_args).linear)
+        blank = Llama(LlamaConfig(**c.model), method.linear)
     if c.spectra_of not in block_matrices(blank):
         raise UserError(f"--spectra_of {c.spectra_of}: no such matrix; there are "
                         f"{', '.join(block_matrices(blank))}")
     if given.get("dry_run"):
         from tools import plan
-        return print(plan.describe(c, blank, ranks)) if rank == 0 else None
+        return print(plan.describe(c, blank, method.flops_per_token(blank), ranks)) if rank == 0 else None
     if checkpoint is None:
         check_directory(c, "overwrite" in given)
 
@@ -664,7 +665,7 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
     peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
     if rank == 0:
         out, log = open_log(argv, c, step, ranks)
-        print(plan.describe(c, model, ranks), flush=True)
+        print(plan.describe(c, model, method.flops_per_token(model), ranks), flush=True)
 
     scores, diverged, last = {}, None, False
     shown = step, seconds  # the speed of the next logged step is counted from here

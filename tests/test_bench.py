@@ -2,6 +2,7 @@
 
 import pytest
 
+from conftest import ROOT
 from tools import bench
 
 
@@ -42,3 +43,13 @@ def test_misuse_is_named(fails, monkeypatch):
     fails(bench.main, ["tokenize"], "--text")
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
     fails(bench.main, ["--gpu"], "CUDA", "python -m tools.bench")
+
+
+def test_decoding_is_timed_beside_dense_weights(run, capsys, fails, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bench.main(["decoding", "--run", str(run("--steps", 1, "--size", "nano-0.6M"))])
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["1", "16"] and all("x |" in row for row in rows)
+    dense = run("--steps", 1, "--size", "nano-0.6M", "--method", "dense", out="dense")
+    fails(bench.main, ["decoding", "--run", dense], "no factors", "low-rank run")
+    fails(bench.main, ["decoding"], "--run")

@@ -14,7 +14,7 @@ MAY_IMPORT = {"spectron": set(), "model": set(), "data": set(), "eval": {"model"
 
 
 def imports(path) -> tuple[set, set]:
-    """(modules of ours that the file imports when it is loaded, and those that it imports inside functions)."""
+    """(modules of ours that the file imports when it is loaded, those that it imports inside functions)."""
     tree, ours = ast.parse(path.read_text("utf-8")), FIVE | ROOMS
     top, all_of_them = set(), set()
     for nodes, found in (tree.body, top), (ast.walk(tree), all_of_them):
@@ -42,7 +42,8 @@ def test_the_arrows_of_the_five_hold(name):
 
 def test_no_room_is_imported_by_another_that_it_imports():
     """baselines/ imports the five; tools/ too; paper/ the five and tools/."""
-    for room, allowed in ("baselines", FIVE), ("tools", FIVE | {"tools"}), ("paper", FIVE | {"tools", "paper"}):
+    for room, allowed in (("baselines", FIVE), ("tools", FIVE | {"tools"}),
+                          ("paper", FIVE | {"tools", "paper"})):
         for path in (ROOT / room).glob("*.py"):
             top, later = imports(path)
             assert top | later <= allowed, path
@@ -69,3 +70,9 @@ def test_lines_have_at_most_110_characters_and_the_model_has_no_autograd_of_its_
     for path in (path for room in rooms for path in room.glob("*.py")):
         assert all(len(line) <= 110 for line in path.read_text("utf-8").splitlines()), path
     assert "autograd" not in (ROOT / "model.py").read_text("utf-8")
+
+
+def test_what_train_reaches_for_when_it_runs_does_not_import_train():
+    """Else sample -> bench -> train -> sample would be a circle again."""
+    for name in "plan", "report", "machine", "prepare", "sample", "plot":
+        assert "train" not in set.union(*imports(ROOT / "tools" / f"{name}.py")), name

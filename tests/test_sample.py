@@ -196,7 +196,7 @@ def test_a_terminal_without_utf8_shows_what_it_can(trained, encoding):
     assert done.stdout.startswith("é? ".encode(encoding, "replace"))
 
 
-def test_misuse_is_one_message(trained, run, fails, monkeypatch):
+def test_misuse_is_one_message(trained, fails, monkeypatch):
     fails(sample.main, [trained, "--prompt", ""], "empty", "leave --prompt out")
     fails(sample.main, [trained, "--prompt", "x" * 32], "32 tokens", "context of 32", "room for 31",
           "last 30 characters")
@@ -209,11 +209,3 @@ def test_misuse_is_one_message(trained, run, fails, monkeypatch):
         fails(sample.main, [trained, "--seed", bad], "--seed")
     fails(sample.main, [trained, "--prompt", "a\udcff"], "not UTF-8")
     fails(sample.main, [trained, "-n", 0], "-n", "at least 1")
-    fails(sample.main, [run("--steps", 1, "--method", "dense", out="dense"), "--bench"], "dense weights",
-          "--bench")
-
-
-def test_bench_prints_a_table(trained, capsys):
-    sample.main([str(trained), "--bench", "--tokens", "4"])
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["1", "16"] and all("x |" in row for row in rows)

@@ -3,6 +3,7 @@
     python -m tools.bench                     all but tokenize; the table goes to results/bench/cpu.md
     python -m tools.bench optimizer nano      some of them, to the screen
     python -m tools.bench tokenize --text FILE [FILE ...]
+    python -m tools.bench decoding --run out/run      tokens per second of a run's factors, and of dense weights
     python -m tools.bench predict --mfu 0.4 --peak 989e12 --link 25e9     hours and memory on other hardware
     python -m tools.bench --gpu               S, M, L on one CUDA device, to results/bench/gpu.md
 """
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 import data
 import train
 from data import Parser, UserError, command
+from eval import choose_device, load_run
 from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters
 from spectron import Spectron
 from tools import machine, plan, prepare
@@ -373,15 +375,17 @@ def tokenize(files: list[Path], tokenizer: str = "gpt2", repeats: int = 3) -> li
                 f"{median(a / b for a, b in zip(ours, theirs)):.2f}", "0.9")]
 
 
-def decoding(model: Llama, count: int, rounds: int = 3) -> str:
+def decoding(model: Llama, count: int = 60, rounds: int = 3) -> list[str]:
     """Tokens per second at batch 1 and 16 with a KV cache, greedy: a low-rank model, and dense weights of the
-    same shape, in turn (python -m tools.sample out/run --bench)."""
+    same shape, in turn. UserError for a dense one."""
+    if model.config.rank_ratio is None:
+        raise UserError("decoding compares factors with dense weights, and this run has no factors: name a "
+                        "low-rank run")
     config, like = model.config, model.head.weight
     dense = Llama(replace(config, rank_ratio=None)).to(like.device, like.dtype)
     arms, count = {"low-rank": model, "dense": dense}, min(count, config.seq_len - 1)
     sizes = [sum(p.numel() for p in arm.parameters()) - like.numel() for arm in arms.values()]
-    lines = [stamp(like.device.type), "",
-             f"{count} tokens, {str(like.dtype).removeprefix('torch.')}; a token reads "
+    lines = [f"{count} tokens, {str(like.dtype).removeprefix('torch.')}; a token reads "
              f"{sizes[0] / 1e6:.1f}M low-rank or {sizes[1] / 1e6:.1f}M dense weights, "
              f"{sizes[1] / sizes[0]:.2f}x", "",
              "| batch | low-rank, tokens/s | dense, tokens/s | ratio |", "|---|---|---|---|"]
@@ -390,7 +394,7 @@ def decoding(model: Llama, count: int, rounds: int = 3) -> str:
                           rounds)
         speeds = [f"{batch * count / median(column):,.1f}" for column in seconds.values()]
         lines.append(f"| {batch} | {' | '.join(speeds)} | {faster(seconds, 'low-rank', 'dense'):.2f}x |")
-    return "\n".join(lines)
+    return lines
 
 
 def decode(model: Llama, rows: int, count: int) -> None:
@@ -475,9 +479,12 @@ ALL = {f.__name__: f for f in (optimizer, nano, linears, sequence, init, start, 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"{', '.join([*ALL, 'tokenize', 'predict'])} (all)")
+                        help=f"{', '.join([*ALL, 'tokenize', 'decoding', 'predict'])} (all)")
     parser.add_argument("--text", nargs="+", type=Path, default=[],
                         help="of tokenize: .txt, .jsonl, or their .gz")
+    parser.add_argument("--run", help="of decoding: directory of a low-rank run")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of decoding: of weights and cache (float32)")
     parser.add_argument("--gpu", action="store_true", help="measure S, M, L on a CUDA device instead")
     parser.add_argument("--mfu", type=float, default=0.4,
                         help="of predict: model FLOPs utilization (0.4, assumed)")
@@ -485,19 +492,23 @@ def main(argv=None):
                         help="of predict: bf16 FLOP/s of a GPU (989e12)")
     parser.add_argument("--link", type=float, default=25e9, help="of predict: bytes/s between GPUs (25e9)")
     args = parser.parse_args(argv)
+    if "decoding" in args.names and not args.run:
+        raise UserError("decoding needs a run: --run out/<run>")
     known = {**ALL, "tokenize": lambda: tokenize(args.text),
+             "decoding": lambda: decoding(load_run(args.run, choose_device())[0].to(getattr(torch, args.dtype))),
              "predict": lambda: predict(args.mfu, args.peak, args.link)}
     if unknown := [name for name in args.names if name not in known]:
         raise UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(known)}")
     if args.gpu and not torch.cuda.is_available():
         raise UserError(f"--gpu: torch {torch.__version__} finds no CUDA device; "
-                            "python -m tools.bench measures the CPU")
+                        "python -m tools.bench measures the CPU")
     if "tokenize" in args.names and not args.text:
         raise UserError("tokenize needs documents: --text FILE")
     names = ["gpu"] if args.gpu else args.names or [*ALL, *(["tokenize"] if args.text else [])]
     if {"nano", "start", "batches", "gpu"} & set(names) and not Path(train.NANO["data"]).is_dir():
         prepare.build_stdlib(train.NANO["data"])
-    lines = [stamp("cuda" if args.gpu else "cpu"), "", *([] if names == ["predict"] else [HEAD])]
+    own_table = set(names) <= {"predict", "decoding"}
+    lines = [stamp("cuda" if args.gpu else "cpu"), "", *([] if own_table else [HEAD])]
     print("\n".join(lines), flush=True)
     for name in names:
         rows = gpu() if name == "gpu" else known[name]()

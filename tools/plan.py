@@ -6,17 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-import train
 from model import FactorizedLinear, count_parameters, split_parameters
 
 
-def describe(c, model, ranks: int) -> str:
+def describe(c, model, flops: float, ranks: int) -> str:
     """Every setting, what the model has, how a step's tokens come together, and what the run costs. `model`
-    may be on the meta device."""
+    may be on the meta device; flops are those of a token in the first step."""
     settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
     factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
-    flops = train.find_method(c.method, c.method_args).flops_per_token(model)
     lines = [f"settings: {settings}",
              f"model: {parameters:,} parameters, {factors:,} of them in factors "
              f"({count_parameters(replace(model.config, rank_ratio=None)):,} if all were dense)",

@@ -2,7 +2,6 @@
 
     python -m tools.sample out/run --prompt "def " --tokens 200 --temperature 0.8 --top_k 50 --seed 1 -n 3
     echo "def main" | python -m tools.sample out/run --prompt -
-    python -m tools.sample out/run --bench          tokens per second of these factors, and of dense weights
 """
 
 import codecs
@@ -133,18 +132,9 @@ def main(argv=None):
     parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of weights and cache (float32)")
-    parser.add_argument("--bench", action="store_true",
-                        help="tokens per second at batch 1 and 16, and those of dense weights, instead of\n"
-                        "texts; of the other flags --tokens, --device and --dtype apply")
     args = parser.parse_args(argv)
     model, tokenizer, _ = load_run(args.run, choose_device(args.device))
     model.to(getattr(torch, args.dtype))
-    if args.bench:
-        if model.config.rank_ratio is None:
-            raise UserError(f"{args.run} has dense weights, and --bench compares factors with them: "
-                            "name a low-rank run")
-        from tools import bench
-        return print(bench.decoding(model, args.tokens))
     prompt, tokens = read_prompt(args.prompt, tokenizer, model.config.seq_len)
     steps = generate(model, tokens, args.tokens, args.temperature, args.top_k, args.seed, tokenizer.n_vocab,
                      args.n)
