@@ -367,7 +367,7 @@ def backward(network, train: Split, c, step: int, device, rank: int, ranks: int)
     return total
 
 
-def read_back(model, loss: torch.Tensor, stopping: bool, ranks: int) -> tuple[torch.Tensor, float, bool]:
+def read_back(model, loss: torch.Tensor, stopping: bool, ranks: int) -> tuple[float, float, bool]:
     """(norm of all gradients, mean loss over the ranks, whether any rank was told to stop). It is the one
     place of a step where the CPU waits for the device."""
     missing = [name for name, p in model.named_parameters() if p.grad is None]
@@ -525,14 +525,16 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """Gives the optimizers the state of a checkpoint; returns its (step, seconds, FLOPs)."""
+    """Gives the optimizers the state of a checkpoint, which is emptied. Returns its (step, seconds, FLOPs)."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     except BROKEN as error:
         raise UserError("the checkpoint is damaged: its optimizers do not fit "
                         f"({type(error).__name__})") from None
-    return tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
+    done = tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
+    checkpoint.clear()  # the memory
+    return done
 
 
 def line(record: dict, c, speed: float, mfu: float | None) -> str:
@@ -657,7 +659,6 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
     optimizers = method.optimizers(model, c)
     assert_assigned(model, optimizers)
     step, seconds, flops = restore(optimizers, checkpoint) if checkpoint else (0, 0.0, 0)
-    checkpoint = None  # frees its memory
     # `network` is for training alone. Validation, samples and the probe call the model as it is, so that they
     # never cause a recompilation.
     network = wrapped(model, c, ranks)

@@ -3,7 +3,7 @@
     python -m tools.bench                     all but tokenize; the table goes to results/bench/cpu.md
     python -m tools.bench optimizer nano      some of them, to the screen
     python -m tools.bench tokenize --text FILE [FILE ...]
-    python -m tools.bench decoding --run out/run      tokens per second of a run's factors, and of dense weights
+    python -m tools.bench decoding --run out/run      tokens per second of its factors, and of dense weights
     python -m tools.bench predict --mfu 0.4 --peak 989e12 --link 25e9     hours and memory on other hardware
     python -m tools.bench --gpu               S, M, L on one CUDA device, to results/bench/gpu.md
 """
@@ -495,7 +495,8 @@ def main(argv=None):
     if "decoding" in args.names and not args.run:
         raise UserError("decoding needs a run: --run out/<run>")
     known = {**ALL, "tokenize": lambda: tokenize(args.text),
-             "decoding": lambda: decoding(load_run(args.run, choose_device())[0].to(getattr(torch, args.dtype))),
+             "decoding": lambda: decoding(load_run(args.run, choose_device())[0]
+                                          .to(getattr(torch, args.dtype))),
              "predict": lambda: predict(args.mfu, args.peak, args.link)}
     if unknown := [name for name in args.names if name not in known]:
         raise UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(known)}")
