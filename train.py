@@ -147,7 +147,7 @@ def assert_assigned(model, optimizers) -> None:
 
 # What --size decides besides the architecture. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
 PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
-NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=300)
+NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=250)
 COMMON = dict(method_args={}, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
               power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, weight_decay=0.0, seed=0,
               eval_tokens=10 * 2**20, final_eval_tokens=100_000_000, spectra_every=10, stop_at=None,
