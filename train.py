@@ -147,8 +147,7 @@ def assert_assigned(model, optimizers) -> None:
 
 # What --size decides besides the architecture. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
 PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
-NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=250,
-            eval_tokens=2**14)
+NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=240)
 COMMON = dict(method_args={}, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
               power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, weight_decay=0.0, seed=0,
               eval_tokens=10 * 2**20, final_eval_tokens=100_000_000, spectra_every=10, stop_at=None,
@@ -202,8 +201,8 @@ def parse(argv) -> dict:
     add("dtype", ["bfloat16", "float32"], "autocast over fp32 weights (bfloat16 where the hardware has it)")
     add("compile", bool, "torch.compile (on for CUDA from size 60M up)")
     # what is recorded
-    add("eval_every", positive, "steps between validations (a tenth of --steps)")
-    add("eval_tokens", positive, "validation tokens at most, during training (10,485,760; nano 16,384)")
+    add("eval_every", positive, "steps between validations (a tenth of --steps; nano a fifth)")
+    add("eval_tokens", positive, "validation tokens at most, during training (10,485,760)")
     add("final_eval_tokens", positive, "validation tokens at most, after the last step (100,000,000)")
     add("save_every", positive, "steps between checkpoints (a tenth of --steps)")
     add("spectra_every", positive, "steps between logged steps, each with the norms of one matrix (10)")
@@ -245,8 +244,8 @@ def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNam
         c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **flags, "device": device})
     else:
         c = SimpleNamespace(**{**defaults(flags, device), **flags})
-        c.eval_every, c.save_every = (given.get(key, max(1, c.steps // 10))
-                                      for key in ("eval_every", "save_every"))
+        c.eval_every = given.get("eval_every", max(1, c.steps // (5 if c.size in NANO_SIZES else 10)))
+        c.save_every = given.get("save_every", max(1, c.steps // 10))
         c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if Path(c.data).is_dir()
                        else "bytes" if c.size in NANO_SIZES else "gpt2")
         c.model = asdict(replace(SIZES[c.size], vocab_size=data.padded_vocabulary(c.tokenizer),
