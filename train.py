@@ -525,7 +525,7 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """Gives the optimizers the state of a checkpoint, which is emptied. Returns its (step, seconds, FLOPs)."""
+    """(step, seconds, FLOPs) of a checkpoint, which is emptied; the optimizers get their state."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -13,8 +13,8 @@ from tools import prepare
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
 
-TINY = ["--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000", "--dtype", "float32",
-        "--device", "cpu", "--spectra_every", "1"]
+TINY = ["--size", "nano-0.6M", "--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000",
+        "--dtype", "float32", "--device", "cpu", "--spectra_every", "1"]
 # Adam divides a rare token's tiny gradient by its own size, which turns rounding into steps of adam_lr:
 # small ones here.
 SMALL_STEPS = ["--lr", "0.02", "--adam_lr", "0.001"]
@@ -46,7 +46,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
-    """run(*flags) trains a tiny nano in this process and returns the directory of the run."""
+    """run(*flags) trains a tiny model in this process and returns the directory of the run."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, out="run"):

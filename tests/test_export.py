@@ -99,7 +99,7 @@ def test_factors_multiply_to_the_weights(run, tmp_path):
     out = run("--steps", 1, out="a")
     export.main([str(out), "--to", str(tmp_path / "hf"), "--factors"])
     weights, factors = (load_file(tmp_path / "hf" / f"{name}.safetensors") for name in ("model", "factors"))
-    assert len(factors) == 2 * 7 * 4 and len(weights) == 7 * 4 + 2 * 4 + 3
+    assert len(factors) == 2 * 7 * 2 and len(weights) == 7 * 2 + 2 * 2 + 3
     for name in {name[:-2] for name in factors}:
         product = factors[f"{name}.A"] @ factors[f"{name}.B"].T
         assert torch.allclose(product, weights[f"{name}.weight"], atol=1e-6)
@@ -118,3 +118,12 @@ def test_misuse_of_export_is_one_message(run, tmp_path, fails):
 def test_a_missing_safetensors_is_one_message(tmp_path, fails, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     fails(export.main, [tmp_path, "--to", tmp_path / "hf"], "pip install safetensors")
+
+
+def test_a_run_that_a_guide_still_leads_exports_what_llama_has_and_nothing_more(run):
+    """Its W and alpha are in the weights that are multiplied out, and not beside them."""
+    def exported(*flags, out):
+        model, tokenizer, _ = evaluation.load_run(run("--steps", 4, "--stop_at", 1, *flags, out=out))
+        return export.weights(model, tokenizer.n_vocab)
+    guided, plain = exported("--method", "self-guided", out="guided"), exported(out="plain")
+    assert {name: x.shape for name, x in guided.items()} == {name: x.shape for name, x in plain.items()}

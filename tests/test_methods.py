@@ -20,7 +20,6 @@ from model import FactorizedLinear, Llama, LlamaConfig, block_matrices
 from tools import export, plot
 
 GUIDED = ["--method", "self-guided"]
-SMALL = ["--size", "nano-0.6M"]
 
 
 def saved(out):
@@ -101,7 +100,7 @@ def test_the_guide_is_skipped_with_probability_one_minus_alpha_and_each_place_dr
 
 @pytest.mark.parametrize("args", [["init=dense"], ["optimizer=muon"], ["stochastic=true"]])
 def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
-    out = run(*SMALL, *GUIDED, "--steps", 6, "--method_args", *args)
+    out = run(*GUIDED, "--steps", 6, "--method_args", *args)
     end = saved(out)
     plain = Llama(LlamaConfig(**end["config"]["model"])).state_dict()
     assert len(end["optimizers"]) == 2 and end["model"].keys() == plain.keys()
@@ -110,7 +109,7 @@ def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
 
 
 def test_the_guide_learns_and_its_optimizer_goes_with_it(run):
-    half = saved(run(*SMALL, *GUIDED, "--steps", 8, "--stop_at", 4))
+    half = saved(run(*GUIDED, "--steps", 8, "--stop_at", 4))
     guides = {name: W for name, W in half["model"].items() if name.endswith(".W")}
     assert len(guides) == 14 and len(half["optimizers"]) == 3
     layer = "blocks.0.ffn.up_proj."
@@ -121,8 +120,8 @@ def test_the_guide_learns_and_its_optimizer_goes_with_it(run):
 @pytest.mark.parametrize("args", [[], ["--method_args", "stochastic=true"], ["--factorize", "ffn"]])
 @pytest.mark.parametrize("stop", [2, 4, 5])  # while guided, at its last step, after it
 def test_stop_and_resume_is_the_run_that_was_not_stopped(run, args, stop):
-    whole = run(*SMALL, *GUIDED, *args, "--steps", 8, out="whole")
-    out = run(*SMALL, *GUIDED, *args, "--steps", 8, "--stop_at", stop)
+    whole = run(*GUIDED, *args, "--steps", 8, out="whole")
+    out = run(*GUIDED, *args, "--steps", 8, "--stop_at", stop)
     train.main(["--resume", "--out", str(out)])
     assert same(saved(whole)["model"], saved(out)["model"])
     timeless = [[{**row, "seconds": 0} for row in plot.read_log(path)[1]] for path in (whole, out)]
@@ -130,7 +129,7 @@ def test_stop_and_resume_is_the_run_that_was_not_stopped(run, args, stop):
 
 
 def test_two_ranks_equal_one_process(corpus, tmp_path):
-    flags = [*SMALL, *GUIDED, "--method_args", "stochastic=true", "--steps", 6, "--data", corpus]
+    flags = [*GUIDED, "--method_args", "stochastic=true", "--steps", 6, "--data", corpus]
     for ranks in 1, 2:
         torchrun(tmp_path, ranks, [*flags, "--out", tmp_path / str(ranks)])
     one, two = (saved(tmp_path / str(ranks))["model"] for ranks in (1, 2))
@@ -139,11 +138,11 @@ def test_two_ranks_equal_one_process(corpus, tmp_path):
 
 def test_flops_are_those_that_are_executed(run):
     """The dense products in the first half, all of them or those that were drawn, and none after it."""
-    plain = Llama(LlamaConfig(**saved(run(*SMALL, "--steps", 1))["config"]["model"]))
+    plain = Llama(LlamaConfig(**saved(run("--steps", 1))["config"]["model"]))
     low, tokens = plain.flops_per_token(), 8 * 256
     W = sum(layer.in_features * layer.out_features for layer in block_matrices(plain).values())
     for args in [], ["--method_args", "stochastic=true"]:
-        out = run(*SMALL, *GUIDED, *args, "--steps", 8, out=f"run{len(args)}")
+        out = run(*GUIDED, *args, "--steps", 8, out=f"run{len(args)}")
         spent = plot.read_log(out)[1][-1]["flops"]
         if args:
             names = block_matrices(plain)
@@ -155,7 +154,7 @@ def test_flops_are_those_that_are_executed(run):
 
 
 def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
-    out = run(*SMALL, *GUIDED, "--steps", 8, "--stop_at", 3, "--method_args", "stochastic=true")
+    out = run(*GUIDED, "--steps", 8, "--stop_at", 3, "--method_args", "stochastic=true")
     model, tokenizer, _ = evaluation.load_run(out)
     layer = model.blocks[1].ffn.up_proj
     assert isinstance(layer, SelfGuidedLinear) and float(layer.alpha) == pytest.approx(alpha_at(2, 8))
@@ -200,11 +199,11 @@ def test_a_baseline_that_cannot_be_used_is_one_message(tmp_path, name, code):
 
 
 def test_an_underscore_is_as_good_as_a_dash(run):
-    assert saved(run(*SMALL, "--method", "self_guided", "--steps", 1))["config"]["method"] == "self-guided"
+    assert saved(run("--method", "self_guided", "--steps", 1))["config"]["method"] == "self-guided"
 
 
 def test_resume_refuses_other_arguments(run, fails):
-    out = run(*SMALL, *GUIDED, "--steps", 4, "--stop_at", 1, "--method_args", "init=dense")
+    out = run(*GUIDED, "--steps", 4, "--stop_at", 1, "--method_args", "init=dense")
     fails(train.main, ["--resume", "--out", out, "--method_args", "init=product"], "method_args", "init")
 
 
@@ -213,7 +212,7 @@ def test_without_the_folder_everything_else_works(corpus, tmp_path):
     shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns("baselines", "data", "out", "results", ".*"))
 
     def train_there(*flags):
-        return subprocess.run([sys.executable, "train.py", *TINY, *SMALL, "--data", str(corpus), "--steps",
+        return subprocess.run([sys.executable, "train.py", *TINY, "--data", str(corpus), "--steps",
                                "1", *flags], cwd=house, capture_output=True, text=True)
     assert train_there("--out", "run").returncode == 0
     refused = train_there("--method", "self-guided")
@@ -223,7 +222,7 @@ def test_without_the_folder_everything_else_works(corpus, tmp_path):
 
 
 def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch):
-    out = run(*SMALL, *GUIDED, "--steps", 4)
+    out = run(*GUIDED, "--steps", 4)
 
     def gone(*args):
         raise AssertionError("asked for a baseline")
@@ -236,7 +235,7 @@ def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch):
 ########################################
 
 def test_a_run_that_diverges_can_be_recorded_as_such(run, capsys):
-    out = run(*SMALL, "--steps", 20, "--lr", 1e30, "--adam_lr", 1e30, "--on_nonfinite", "record")
+    out = run("--steps", 20, "--lr", 1e30, "--adam_lr", 1e30, "--on_nonfinite", "record")
     header, rows = plot.read_log(out)
     assert "non-finite gradient at step" in rows[-1]["diverged"] and rows[-1]["step"] == len(rows)
     assert all("diverged" not in row for row in rows[:-1])

@@ -170,7 +170,7 @@ def test_a_resume_from_a_torn_log_writes_each_step_once(run, float64):
 def test_two_ranks_equal_one_process_and_each_other(corpus, tmp_path):
     """2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step. In
     the end no thread of the process group is left: now and then it would abort the interpreter's exit."""
-    flags = ["--data", corpus, "--steps", 12, "--eval_every", 6]
+    flags = ["--data", corpus, "--steps", 6, "--eval_every", 3]
     torchrun(tmp_path, 1, [*flags, "--out", tmp_path / "one"])
     before = FLOAT64 + """import train
 kept, assigned = [], train.assert_assigned
@@ -251,11 +251,11 @@ def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint
         loss = backward(network, *args)
         models.append(({n: p.detach().clone() for n, p in network.named_parameters()}, network))
         if len(models) == 3:
-            dict(network.named_parameters())["blocks.2.ffn.up_proj.B"].grad[0, 0] = math.nan
-            dict(network.named_parameters())["blocks.3.ffn.up_proj.B"].grad[0, 0] = math.inf
+            dict(network.named_parameters())["blocks.0.ffn.up_proj.B"].grad[0, 0] = math.nan
+            dict(network.named_parameters())["blocks.1.ffn.up_proj.B"].grad[0, 0] = math.inf
         return loss
     monkeypatch.setattr(train, "backward", poisoned)
-    fails(train.main, ["--resume", "--out", out], "step 7", "lr ", "blocks.2.ffn.up_proj.B", "checkpoint")
+    fails(train.main, ["--resume", "--out", out], "step 7", "lr ", "blocks.0.ffn.up_proj.B", "checkpoint")
     kept, network = models[-1]
     assert all(torch.equal(p, kept[name]) for name, p in network.named_parameters())
     assert (out / "ckpt.pt").read_bytes() == checkpoint
@@ -367,7 +367,7 @@ def test_unnamed_runs_get_the_next_free_directory(corpus, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train.main([*TINY, "--data", str(corpus), "--steps", "1"])
-    assert sorted(os.listdir("out")) == ["nano-spectron-00", "nano-spectron-01"]
+    assert sorted(os.listdir("out")) == ["nano-0.6M-spectron-00", "nano-0.6M-spectron-01"]
 
 
 def test_files_that_are_no_runs_are_refused(tmp_path, fails):
