@@ -207,7 +207,7 @@ EXPERIMENTS = {
         ("spectron", "dense-flops", "dense-time"), draw.figure5,
         "At equal FLOPs low-rank ends lower; at equal wall-clock on two cores dense does",
         "FLOPs are executed ones, with head and attention. The paper counts 6 N D, in which its dense model "
-        "sees 11.6 to 13.3 tokens per parameter, and it gives no wall-clock.", few=True, pairs=against_first),
+        "sees 11.7 to 14.0 tokens per parameter, and it gives no wall-clock.", few=True, pairs=against_first),
     "fig6": Experiment(
         "Figure 6: perplexity over parameters", (), draw.figure6,
         "At equal FLOPs low-rank ends lower at all four sizes",

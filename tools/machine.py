@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-                   "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-                   "RTX 4090": 165e12, "RTX 3090": 71e12}  # data sheets
+# By the data sheets, without sparsity. A longer name stands before a shorter one that it begins with.
+PEAK_BF16_FLOPS = {"B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12,
+                   "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+                   "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def provenance() -> dict:
@@ -24,14 +25,16 @@ def provenance() -> dict:
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.machine()
 
 
 def commit() -> str | None:
     """The commit of this code, with -dirty where a .py file differs from it. None without git."""
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True,
+                              encoding="utf-8", errors="replace")
 
     found = git("rev-parse", "HEAD").stdout.strip() if shutil.which("git") else ""
     if found and git("diff", "--quiet", "HEAD", "--", ":/*.py").returncode:
@@ -40,6 +43,7 @@ def commit() -> str | None:
 
 
 def peak_flops(gpu: str) -> float | None:
-    """bf16 FLOPs per second of this GPU by its data sheet; None for one that is not in the table."""
+    """bf16 FLOPs per second of this GPU by its data sheet; None for one that is not in the table, and for a
+    part of one (MIG)."""
     return next((flops for name, flops in PEAK_BF16_FLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Laptop|Ti|SUPER|D\b))", gpu)), None)
+                 if re.search(rf"\b{name}\b(?! (Laptop|Ti|SUPER|D\b)|.*\bMIG\b)", gpu)), None)

@@ -14,7 +14,7 @@ def describe(c, model, flops: float, ranks: int) -> str:
     may be on the meta device; flops are those of a token in the first step."""
     settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
-    factors = sum(p.numel() for pair in model.factor_pairs() for p in pair)
+    factors, needs = sum(p.numel() for pair in model.factor_pairs() for p in pair), memory(c, model)
     lines = [f"settings: {settings}",
              f"model: {parameters:,} parameters, {factors:,} of them in factors "
              f"({count_parameters(replace(model.config, rank_ratio=None)):,} if all were dense)",
@@ -24,7 +24,8 @@ def describe(c, model, flops: float, ranks: int) -> str:
              f"{math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M{epochs(c, tokens)}",
              f"FLOPs: {round(flops):,} a token in the first step, {flops * tokens:.3e} at that rate in all "
              f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
-             "memory per device: " + memory(c, model)]
+             "memory per device: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
+             + f"; together {sum(needs.values()) / 1e9:.1f} GB"]
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
                      for line in lines)
 
@@ -37,19 +38,17 @@ def epochs(c, tokens: int) -> str:
     return f", {tokens / (split.windows * c.seq_len):.2f} epochs of {c.data}"
 
 
-def memory(c, model) -> str:
-    """Bytes on one device. Weights, gradients and optimizer state are exact for the core methods; activations
-    are an estimate."""
+def memory(c, model) -> dict[str, int]:
+    """Bytes on one device. Weights, gradients and optimizer state are exact for the methods of train.py.
+    Activations are an estimate: what eager autograd keeps of a block, the logits, and under autocast the
+    bfloat16 copies of the weights."""
     pairs, dense, others = split_parameters(model)
     matrices = sum(p.numel() for p in [*dense, *(p for pair in pairs for p in pair)])
-    total = matrices + sum(p.numel() for p in others)
-    width, D = 2 if c.dtype == "bfloat16" else 4, c.model["dim"]
+    total, m = matrices + sum(p.numel() for p in others), model.config
+    width = 2 if c.dtype == "bfloat16" else 4
     ranks = sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
-    per_token = (c.model["n_layers"] * (16 * D  # the residuals, in fp32
-                                        + width * (7 * D + 4 * model.config.hidden))
-                 + width * ranks + (width + 4) * c.model["vocab_size"])  # logits, and in fp32 for the loss
-    parts = {"weights": 4 * total, "gradients": 4 * total,
-             "optimizer": (4 if c.method in ("spectron", "dense") else 8) * matrices + 8 * (total - matrices),
-             "activations, about": per_token * c.batch_size * c.seq_len}
-    return (", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
-            + f"; {sum(parts.values()) / 1e9:.1f} GB")
+    blocks = m.n_layers * (16 * m.dim + width * (10 * m.dim + 4 * m.hidden)) + width * ranks  # per token
+    logits = m.vocab_size * (width if c.compile else 12)  # eager, the loss holds them in fp32 three times
+    return {"weights": 4 * total, "gradients": 4 * total,
+            "optimizer": (4 if c.method in ("spectron", "dense") else 8) * matrices + 8 * (total - matrices),
+            "activations, about": c.batch_size * m.seq_len * (blocks + logits) + 2 * total * (width == 2)}
