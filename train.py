@@ -145,13 +145,63 @@ def assert_assigned(model, optimizers) -> None:
 #         Flags and defaults           #
 ########################################
 
-# What --size decides besides the architecture. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
-PAPER = dict(tokens_per_step=2**20, momentum=0.95, adam_lr=3e-3, data="data/fineweb")
-NANO = dict(tokens_per_step=4096, momentum=0.9, adam_lr=3e-3, data="data/stdlib", steps=240)
-COMMON = dict(method_args={}, factorize="all", orthogonalize=True, renormalize=True, ns_steps=5,
-              power_steps=1, nesterov=True, shape_scale=False, muon_lr=0.02, weight_decay=0.0, seed=0,
-              eval_tokens=10 * 2**20, final_eval_tokens=100_000_000, spectra_every=10, stop_at=None,
-              on_nonfinite="stop", out=None)
+def key_and_value(text: str):
+    """key=value, the value read as true, false or a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value")
+    try:
+        return key, json.loads(value.lower())
+    except ValueError:
+        return key, value
+
+
+RATES = ", ".join(f"{name} {m.lr:g} (nano {m.nano_lr:g})" for name, m in METHODS.items())
+# --name: how it is read, its default, what it is. A default of None is decided by resolve(): see the help.
+FLAGS = {
+    # the model and the method
+    "size": (list(SIZES), "nano", "the paper's sizes (S = 134M, M = 500M, L = 780M), or nano for laptops"),
+    "method": (str, "spectron", f"{', '.join(METHODS)}, or a file in baselines/, such as self-guided"),
+    "method_args": (key_and_value, {}, "of a method in baselines/"),
+    "rank_ratio": (number(below=1.0001), 0.25, "rank over the input width of each matrix, in (0, 1]"),
+    "factorize": (["all", "ffn"], "all", "which matrices of a block are low-rank"),
+    # the optimizer
+    "lr": (number(), None, "of the block matrices; for spectron the bound on ||dW||_2 of a step.\n"
+           f"{RATES}.\nThose of the paper's sizes come from public launches, untested here"),
+    "orthogonalize": (bool, True, "spectron: Newton-Schulz on each factor's momentum"),
+    "renormalize": (bool, True, "spectron: divide lr by sigma_A + sigma_B + 1"),
+    "adam_lr": (number(), 3e-3, "AdamW's learning rate for embedding, head and norms"),
+    "muon_lr": (number(), 0.02, "spectron with --factorize ffn: Muon's for the dense matrices"),
+    "momentum": (number(below=1), 0.95, "of spectron and Muon, in [0, 1)"),
+    "nesterov": (bool, True, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter"),
+    "shape_scale": (bool, False, "multiply A's update by sqrt(max(1, m / r)), as the public code does"),
+    "ns_steps": (positive, 5, "Newton-Schulz iterations"),
+    "power_steps": (positive, 1, "power iterations per step"),
+    "weight_decay": (number(), 0.0, "decoupled, of every matrix, times that matrix's lr"),
+    # the batch and the run
+    "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
+    "stop_at": (positive, None, "save and end after this step, on the schedule of --steps"),
+    "tokens_per_step": (positive, 2**20, "the batch, over all ranks and micro-steps"),
+    "batch_size": (positive, None, "sequences per device and micro-step: memory, never the result"),
+    "seq_len": (positive, None, "tokens per sequence: 2,048; nano 256"),
+    "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
+    "data": (str, "data/fineweb", "directory of token shards"),
+    "out": (str, None, "directory of the run: the next free out/<size>-<method>-NN"),
+    "device": (["cuda", "cpu", "mps"], None, "the first that is there"),
+    "dtype": (["bfloat16", "float32"], None, "autocast over fp32 weights: bfloat16 where hardware has it"),
+    "compile": (bool, None, "torch.compile: on for CUDA from size 60M up"),
+    # what is recorded
+    "eval_every": (positive, None, "steps between validations: a tenth of --steps; nano a fifth"),
+    "eval_tokens": (positive, 10 * 2**20, "validation tokens at most, during training"),
+    "final_eval_tokens": (positive, 100_000_000, "validation tokens at most, after the last step"),
+    "save_every": (positive, None, "steps between checkpoints: a tenth of --steps"),
+    "spectra_every": (positive, 10, "steps between logged steps, each with the norms of one matrix"),
+    "spectra_of": (str, None, "that matrix, e.g. blocks.0.ffn.down_proj: o_proj of the middle block"),
+    "on_nonfinite": (["stop", "record"], "stop", "what a gradient that is not finite does: end with an error,\n"
+                     "or record it in the log as diverged and end without one, for sweeps"),
+}
+# What is smaller at nano's sizes. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
+NANO = dict(tokens_per_step=4096, momentum=0.9, data="data/stdlib", steps=240)
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
               "stop_at", "on_nonfinite", "data"}  # at --resume
 ACTIONS = {"resume": "go on from the checkpoint in --out",
@@ -162,53 +212,14 @@ ACTIONS = {"resume": "go on from the checkpoint in --out",
 def parse(argv) -> dict:
     """The flags that were given, and only those."""
     parser = Parser(__doc__)
-
-    def add(name, kind, help, **more):  # kind: choices, bool for --name and --no-name, or a reader of text
-        more |= ({"choices": kind} if isinstance(kind, list) else
-                 {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind})
+    for name, (kind, default, help) in FLAGS.items():
+        more = ({"choices": kind} if isinstance(kind, list) else
+                {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind})
+        if name == "method_args":
+            more |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        if default not in (None, {}):
+            help += f" ({default}" + (f"; nano {NANO[name]})" if name in NANO else ")")
         parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS, **more)
-
-    # the model and the method
-    add("size", list(SIZES), "the paper's sizes (S = 134M, M = 500M, L = 780M), or nano for laptops (nano)")
-    add("method", str, f"{', '.join(METHODS)}, or a file in baselines/, such as self-guided (spectron)")
-    add("method_args", key_and_value, "of a method in baselines/", nargs="+", metavar="KEY=VALUE")
-    add("rank_ratio", number(below=1.0001), "rank over the input width of each matrix, in (0, 1] (0.25)")
-    add("factorize", ["all", "ffn"], "which matrices of a block are low-rank (all)")
-    # the optimizer
-    add("lr", number(), "learning rate of the block matrices; for spectron the bound on ||dW||_2 of a step\n("
-        + ", ".join(f"{name} {method.lr:g}, at nano {method.nano_lr:g}" for name, method in METHODS.items())
-        + ";\nat the paper's sizes from public launches and the field's practice, untested here)")
-    add("orthogonalize", bool, "spectron: Newton-Schulz on each factor's momentum (on)")
-    add("renormalize", bool, "spectron: divide lr by sigma_A + sigma_B + 1 (on)")
-    add("adam_lr", number(), "AdamW's learning rate for embedding, head and norms (3e-3)")
-    add("muon_lr", number(), "spectron with --factorize ffn: Muon's for the dense matrices (0.02)")
-    add("momentum", number(below=1), "of spectron and Muon, in [0, 1) (0.95; nano 0.9)")
-    add("nesterov", bool, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter (on)")
-    add("shape_scale", bool, "multiply A's update by sqrt(max(1, m / r)), as the public code does (off)")
-    add("ns_steps", positive, "Newton-Schulz iterations (5)")
-    add("power_steps", positive, "power iterations per step (1)")
-    add("weight_decay", number(), "decoupled, of every matrix, times that matrix's lr (0)")
-    # the batch and the run
-    add("steps", positive, "optimizer steps (from the size, and from whether W is dense)")
-    add("stop_at", positive, "save and end after this step, on the schedule of --steps")
-    add("tokens_per_step", positive, "the batch, over all ranks and micro-steps (1,048,576; nano 4,096)")
-    add("batch_size", positive, "sequences per device and micro-step: memory, never the result (by device)")
-    add("seq_len", positive, "tokens per sequence (2,048; nano 256)")
-    add("seed", number(int, 0, 2**63), "of the initial weights and the order of the data (0)")
-    add("data", str, "directory of token shards (data/fineweb; nano data/stdlib, built where it is missing)")
-    add("out", str, "directory of the run (the next free out/<size>-<method>-NN)")
-    add("device", ["cuda", "cpu", "mps"], "(the first that is there)")
-    add("dtype", ["bfloat16", "float32"], "autocast over fp32 weights (bfloat16 where the hardware has it)")
-    add("compile", bool, "torch.compile (on for CUDA from size 60M up)")
-    # what is recorded
-    add("eval_every", positive, "steps between validations (a tenth of --steps; nano a fifth)")
-    add("eval_tokens", positive, "validation tokens at most, during training (10,485,760)")
-    add("final_eval_tokens", positive, "validation tokens at most, after the last step (100,000,000)")
-    add("save_every", positive, "steps between checkpoints (a tenth of --steps)")
-    add("spectra_every", positive, "steps between logged steps, each with the norms of one matrix (10)")
-    add("spectra_of", str, "that matrix, e.g. blocks.0.ffn.down_proj (attention.o_proj of the middle block)")
-    add("on_nonfinite", ["stop", "record"], "what a gradient that is not finite does: end with an error, or\n"
-        "record it in the log as diverged and end without one, for sweeps (stop)")
     for name, help in ACTIONS.items():
         parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
@@ -222,21 +233,10 @@ def parse(argv) -> dict:
     return given
 
 
-def key_and_value(text: str):
-    """key=value, the value read as true, false or a number where it is one."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value")
-    try:
-        return key, json.loads(value.lower())
-    except ValueError:
-        return key, value
-
-
 def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNamespace:
     """Every setting of a run: the flags given, over those of the run that is resumed, or over the defaults,
     which follow from size, method and hardware. UserError where one makes no sense."""
-    flags = {key: value for key, value in given.items() if key not in ACTIONS}
+    flags = {name: value for name, value in given.items() if name in FLAGS}
     device = given["device"] if {"dry_run", "device"} <= set(given) else choose_device(given.get("device"))
     if saved:
         check_unchanged(flags, saved)
@@ -244,8 +244,8 @@ def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNam
         c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **flags, "device": device})
     else:
         c = SimpleNamespace(**{**defaults(flags, device), **flags})
-        c.eval_every = given.get("eval_every", max(1, c.steps // (5 if c.size in NANO_SIZES else 10)))
-        c.save_every = given.get("save_every", max(1, c.steps // 10))
+        c.eval_every = c.eval_every or max(1, c.steps // (5 if c.size in NANO_SIZES else 10))
+        c.save_every = c.save_every or max(1, c.steps // 10)
         c.tokenizer = (data.read_meta(Path(c.data))["tokenizer"] if Path(c.data).is_dir()
                        else "bytes" if c.size in NANO_SIZES else "gpt2")
         c.model = asdict(replace(SIZES[c.size], vocab_size=data.padded_vocabulary(c.tokenizer),
@@ -261,13 +261,14 @@ def defaults(flags: dict, device: str) -> dict:
     size, name = flags.get("size", "nano"), flags.get("method", "spectron")
     method, nano = find_method(name, flags.get("method_args", {})), size in NANO_SIZES
     check_flags(flags, name, method)
-    return {"size": size, "method": name, "lr": method.nano_lr if nano else method.lr,
-            "seq_len": SIZES[size].seq_len, "steps": None if nano else paper_steps(size, method.dense),
-            **COMMON, **(NANO if nano else PAPER),
-            "rank_ratio": None if method.dense else 0.25, "batch_size": 16 if nano or device == "cuda" else 1,
-            "device": device, "dtype": "bfloat16" if native_bf16(device) else "float32",
-            "compile": device == "cuda" and not nano and method.compiles,
-            "spectra_of": f"blocks.{SIZES[size].n_layers // 2}.attention.o_proj"}
+    c = {flag: default for flag, (_, default, _) in FLAGS.items()} | (NANO if nano else {})
+    c |= {"lr": method.nano_lr if nano else method.lr, "seq_len": SIZES[size].seq_len, "device": device,
+          "batch_size": 16 if nano or device == "cuda" else 1,
+          "steps": c["steps"] or paper_steps(size, method.dense),
+          "dtype": "bfloat16" if native_bf16(device) else "float32",
+          "compile": device == "cuda" and not nano and method.compiles,
+          "spectra_of": f"blocks.{SIZES[size].n_layers // 2}.attention.o_proj"}
+    return c | ({"rank_ratio": None} if method.dense else {})
 
 
 def check_flags(flags: dict, name: str, method: Method) -> None:

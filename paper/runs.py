@@ -104,7 +104,7 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
              "seeds": None if seeds == 3 else seeds}
     given, size = {key: value for key, value in given.items() if value is not None}, scale
     nano = size in NANO_SIZES
-    default = train.NANO if nano else train.PAPER
+    default = train.defaults({"size": size}, "cpu")
     shortened = f"-{steps or 'paper'}x{tokens_per_step or default['tokens_per_step']}" \
         if steps or tokens_per_step else ""
     name = size + (f"-{Path(data).name}" if data else "") + shortened
