@@ -197,7 +197,7 @@ FLAGS = {
     "save_every": (positive, None, "steps between checkpoints: a tenth of --steps"),
     "spectra_every": (positive, 10, "steps between logged steps, each with the norms of one matrix"),
     "spectra_of": (str, None, "that matrix, e.g. blocks.0.ffn.down_proj: o_proj of the middle block"),
-    "on_nonfinite": (["stop", "record"], "stop", "what a gradient that is not finite does: end with an error,\n"
+    "on_nonfinite": (["stop", "record"], "stop", "what a gradient that is not finite does: end with an\nerror, "
                      "or record it in the log as diverged and end without one, for sweeps"),
 }
 # What is smaller at nano's sizes. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
