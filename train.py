@@ -197,8 +197,8 @@ FLAGS = {
     "save_every": (positive, None, "steps between checkpoints: a tenth of --steps"),
     "spectra_every": (positive, 10, "steps between logged steps, each with the norms of one matrix"),
     "spectra_of": (str, None, "that matrix, e.g. blocks.0.ffn.down_proj: o_proj of the middle block"),
-    "on_nonfinite": (["stop", "record"], "stop", "what a gradient that is not finite does: end with an\nerror, "
-                     "or record it in the log as diverged and end without one, for sweeps"),
+    "on_nonfinite": (["stop", "record"], "stop", "on a gradient that is not finite: end with an error, or\n"
+                     "record it in the log as diverged and end without one, for sweeps"),
 }
 # What is smaller at nano's sizes. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
 NANO = dict(tokens_per_step=4096, momentum=0.9, data="data/stdlib", steps=240)
