@@ -1,8 +1,9 @@
 """Token shards: tokenizers, the files, and which tokens a step of training sees.
 
-A shard is 256 int32 (magic, version, number of tokens, zeros) and then that many uint16 tokens. This is the
-format of llm.c and modded-nanogpt, so the public pre-tokenized FineWeb files work as they are. A meta.json
-beside the shards names the tokenizer that made them; without one it is gpt2.
+A shard is 256 int32 (magic, version, number of tokens, CRC-32 of the tokens, zeros) and then that many uint16
+tokens. This is the format of llm.c and modded-nanogpt, so the public pre-tokenized FineWeb files, which have
+no CRC, work as they are. A meta.json beside the shards names the tokenizer that made them; without one it is
+gpt2.
 
 Text becomes shards by `python -m tools.prepare`; FineWeb comes by `python -m tools.download`.
 """
@@ -16,6 +17,8 @@ import re
 import shlex
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,14 @@ def command(main):
             if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
                 print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except RuntimeError as error:
+            if not (torch.distributed.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
+                raise
+            print(f"error: another rank has ended or hangs, so that rank {rank_and_ranks()[0]} ends too "
+                  f"({str(error).splitlines()[0][:150]}). torchrun's report names the first that failed. A "
+                  "checkpoint that was saved is whole: type the same command with --resume auto",
+                  file=sys.stderr)
+            raise SystemExit(1) from None
     return run
 
 
@@ -106,6 +117,31 @@ def rank_and_ranks() -> tuple[int, int]:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except ValueError:
         return 0, 1
+
+
+@contextmanager
+def replacing(path, mode: str = "wb"):
+    """An open file that takes the place of `path` once it is whole and on the disk; what was there stays
+    until then, and an error removes what was written. OSError names the path."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(part, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # the name is on the disk when the directory is
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save says RuntimeError
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
 
 
 class Progress:
@@ -184,43 +220,53 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens as one shard. The file appears whole or not at all."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
+    tokens = np.asarray(tokens).astype("<u2")
+    header = np.zeros(256, dtype="<u4")
+    header[:4] = MAGIC, VERSION, len(tokens), zlib.crc32(tokens)
+    with replacing(path) as file:
         file.write(header.tobytes())
-        file.write(np.asarray(tokens).astype("<u2").tobytes())
-    os.replace(part, path)
+        file.write(tokens.tobytes())
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped, uint16. UserError unless magic, version and size are right."""
+    """The tokens of a shard, memory-mapped, uint16. UserError unless magic, version and size are right, and
+    the CRC where there is one, which rank 0 looks at."""
     def refuse(what):
         raise UserError(f"{path}: {what}. {how_to_build(path.parent)}")
 
     size = path.stat().st_size
     if size < HEADER_BYTES:
         refuse(f"{size} bytes, shorter than a shard's header of {HEADER_BYTES}")
-    magic, version, count = (int(x) for x in np.fromfile(path, dtype="<i4", count=3))
+    header = np.fromfile(path, dtype="<u4", count=256)
+    magic, version, count, crc = header[:4].tolist()
     if magic != MAGIC:
         refuse(f"not a token shard: magic number {magic}, expected {MAGIC} (nanoGPT's .bin files have none)")
     if version != VERSION:
         refuse(f"shard version {version}, expected {VERSION}")
-    if count < 0 or size != HEADER_BYTES + 2 * count:
+    if size != HEADER_BYTES + 2 * count:
         refuse(f"{size:,} bytes, expected {HEADER_BYTES + 2 * count:,} for the {count:,} tokens "
                "of its header")
     if not count:
         return np.empty(0, "<u2")  # which cannot be mapped
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    if crc and rank_and_ranks()[0] == 0 and (header[4:].any() or zlib.crc32(tokens) != crc):
+        refuse("damaged: its tokens are not those that were written (CRC-32)")
+    return tokens
 
 
 def read_meta(directory: Path) -> dict:
     """meta.json beside the shards; {"tokenizer": "gpt2"} where there is none, as with the public files."""
     path = directory / "meta.json"
+    if not path.exists():
+        return {"tokenizer": "gpt2"}
     try:
-        return {"tokenizer": "gpt2", **(json.loads(path.read_text("utf-8-sig")) if path.exists() else {})}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); expected e.g. {{\"tokenizer\": \"gpt2\"}}") from None
+        meta = json.loads(path.read_text("utf-8-sig"))
+        if meta["tokenizer"] in ("bytes", *tiktoken.list_encoding_names()):
+            return meta
+        raise ValueError(f"unknown tokenizer {meta['tokenizer']!r}")
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{path} does not say which tokenizer made the shards ({type(error).__name__}: "
+                        f'{error}); expected e.g. {{"tokenizer": "gpt2"}}') from None
 
 
 def how_to_build(directory: Path, tokenizer: str = "gpt2") -> str:

@@ -13,9 +13,14 @@ import math
 import os
 import pickle
 import re
+import shlex
 import statistics
 import time
+import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Parser, Progress, Split, UserError, command, encode, get_tokenizer, open_split,
-                  padded_vocabulary, positive, rank_and_ranks, token_bytes)
+                  padded_vocabulary, positive, rank_and_ranks, replacing, token_bytes)
 from model import Llama, LlamaConfig
 
 BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
@@ -59,7 +64,12 @@ def join_ranks(device: str) -> torch.device:
         # If DDP or an optimizer imported it later, it would hold the group in default arguments. Gloo's
         # threads would then outlive destroy_process_group, and now and then abort the interpreter's exit.
         importlib.import_module("torch._dynamo")
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # After a restart torchrun's store still has the addresses of the ranks that are gone: a prefix hides
+        # them. A rank that waits for another one longer than `timeout` gives up.
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=ranks, timeout=timedelta(minutes=10))
     return where
 
 
@@ -85,24 +95,55 @@ def precision(device, dtype: str):
 #         What a run has left          #
 ########################################
 
+def seal(file, size: int) -> bytes:
+    """What stands at the end of a checkpoint: the CRC-32 of the first `size` bytes of the open file."""
+    crc, _ = 0, file.seek(0)
+    while block := file.read(min(2**20, size - file.tell())):
+        crc = zlib.crc32(block, crc)
+    return b"CRC-32 " + crc.to_bytes(4, "big")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of train.py, on the CPU. Any exception at all where it is damaged."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        sealed = size > 11 and seal(file, size - 11) == file.read()
+    if not sealed and zipfile.ZipFile(path).testzip():  # of a version that had no seal, it has to be whole
+        raise ValueError("its CRC is wrong")
+    # weights_only: a stranger's checkpoint cannot run code.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    missing = ({"model", "optimizers", "step", "seconds", "flops"} - checkpoint.keys()
+               | {"model", "method", "method_args", "tokenizer", "data", "seq_len", "dtype"}
+               - checkpoint["config"].keys())
+    if missing or not sealed and "sealed" in checkpoint:
+        raise ValueError(f"it lacks {', '.join(missing) or 'its end'}")
+    return checkpoint
+
+
 def load_checkpoint(path) -> dict:
-    """What train.py saved in out/run/ckpt.pt, on the CPU. UserError where there is none, or it is damaged."""
+    """What train.py saved in out/run/ckpt.pt. UserError where there is none, or it is damaged."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint: {path} does not exist. Runs are in out/; make one with: "
-                        "python train.py")
+        raise UserError(f"no checkpoint: {path} does not exist. " + (
+            older_checkpoint(path) or "Runs are in out/; make one with: python train.py"))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = ({"model", "optimizers", "step", "seconds", "flops"} - checkpoint.keys()
-                   | {"model", "method", "method_args", "tokenizer", "data", "seq_len", "dtype"}
-                   - checkpoint["config"].keys())
-        if missing:
-            raise KeyError(missing)
-    except BROKEN as error:
-        raise UserError(f"{path} is damaged, or not a checkpoint of train.py "
-                        f"({type(error).__name__})") from None
-    return checkpoint
+        return read_checkpoint(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise UserError(f"{path} is damaged, or not a checkpoint of train.py ({type(error).__name__}). "
+                        + (older_checkpoint(path) or "Name another run, or train it again")) from None
+
+
+def older_checkpoint(path: Path) -> str:
+    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt."""
+    for older in path.parent.glob("ckpt*.pt"):
+        with suppress(Exception):
+            if older != path:
+                return (f"{older}, of step {read_checkpoint(older)['step']}, is whole. Go on from it: "
+                        f"cp {shlex.quote(str(older))} {shlex.quote(str(path))}, and type the same again")
+    return ""
 
 
 def load_model(checkpoint: dict, device) -> Llama:
@@ -410,9 +451,11 @@ def main(argv=None):
     if my_rank()[0] == 0:
         print("\n".join(f"{key}: {value}" for key, value in scores.items()))
         if args.json:
-            args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            with replacing(args.json, "w") as file:
+                file.write(json.dumps(scores, indent=1) + "\n")
         if args.items:
-            args.items.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            with replacing(args.items, "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
     if dist.is_initialized():
         dist.destroy_process_group()
 

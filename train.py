@@ -16,9 +16,8 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import Parser, Split, UserError, command, number, positive, rank_and_ranks
-from eval import BROKEN, baseline, choose_device, join_ranks, load_checkpoint, load_model, precision, validate
+from eval import (BROKEN, baseline, choose_device, join_ranks, load_checkpoint, load_model, precision, seal,
+                  validate)
 from model import (ALIASES, NANO_SIZES, SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices,
                    count_parameters, split_parameters)
 from spectron import Spectron, newton_schulz
@@ -181,9 +181,9 @@ FLAGS = {
     # the batch and the run
     "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
     "stop_at": (positive, None, "save and end after this step, on the schedule of --steps"),
-    "tokens_per_step": (positive, 2**20, "the batch, over all ranks and micro-steps"),
+    "tokens_per_step": (number(int, 1, 2**40), 2**20, "the batch, over all ranks and micro-steps"),
     "batch_size": (positive, None, "sequences per device and micro-step: memory, never the result"),
-    "seq_len": (positive, None, "tokens per sequence: 2,048; nano 256"),
+    "seq_len": (number(int, 1, 2**20 + 1), None, "tokens per sequence: 2,048; nano 256"),
     "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
     "data": (str, "data/fineweb", "directory of token shards"),
     "out": (str, None, "directory of the run: the next free out/<size>-<method>-NN"),
@@ -204,7 +204,7 @@ FLAGS = {
 NANO = dict(tokens_per_step=4096, momentum=0.9, data="data/stdlib", steps=240)
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
               "stop_at", "on_nonfinite", "data"}  # at --resume
-ACTIONS = {"resume": "go on from the checkpoint in --out",
+ACTIONS = {"resume": "go on from the checkpoint in --out; auto: or start there, where there is none yet",
            "overwrite": "start anew in an --out that has a run",
            "dry_run": "print what would be trained and what it needs, and end"}
 
@@ -221,7 +221,9 @@ def parse(argv) -> dict:
             help += f" ({default}" + (f"; nano {NANO[name]})" if name in NANO else ")")
         parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS, **more)
     for name, help in ACTIONS.items():
-        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=help)
+        more = ({"nargs": "?", "const": "last", "choices": ["last", "auto"]} if name == "resume" else
+                {"action": "store_true"})
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **more)
     given = vars(parser.parse_args(argv))
     for flag in "out", "data":
         if given.get(flag) == "":
@@ -326,7 +328,8 @@ def split_batch(c, chosen: bool, ranks: int) -> None:
                         f"--seq_len {c.seq_len} x {ranks} rank(s); the nearest that is: --tokens_per_step "
                         f"{max(1, round(c.tokens_per_step / unit)) * unit}")
     sequences = c.tokens_per_step // unit
-    valid = [d for d in range(1, sequences + 1) if sequences % d == 0]
+    small = [d for d in range(1, math.isqrt(sequences) + 1) if sequences % d == 0]
+    valid = small + [sequences // d for d in small]
     if not chosen:
         c.batch_size = max(d for d in valid if d <= c.batch_size)
     if c.batch_size not in valid:
@@ -382,18 +385,17 @@ def read_back(model, loss: torch.Tensor, stopping: bool, ranks: int) -> tuple[fl
 
 
 class NonFinite(UserError):
-    """A gradient that is not finite."""
+    """A loss or a gradient that is not finite."""
 
 
-def clip_gradients(model, norm: float, step: int, lr: float) -> None:
+def clip_gradients(model, norm: float, loss: float, step: int, lr: float) -> None:
     """Scale the gradients so that their norm is at most CLIP. NonFinite, before any weight is touched, where
-    the norm is not finite."""
-    if not math.isfinite(norm):
-        name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()),
-                    "none, only their norm")
-        raise NonFinite(f"non-finite gradient at step {step}, lr {lr:.3g}; the first parameter that has one: "
-                        f"{name}. No weight was touched, and a checkpoint that was saved is whole. Start "
-                        "again with a lower --lr")
+    the norm or the loss is not finite."""
+    if not math.isfinite(norm + loss):
+        name = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "none")
+        raise NonFinite(f"non-finite gradient at step {step}, lr {lr:.3g}, loss {loss:.4g}; the first "
+                        f"parameter that has one: {name}. No weight was touched, and a checkpoint that was "
+                        "saved is whole. Start again with a lower --lr")
     if norm > CLIP:
         torch._foreach_mul_([p.grad for p in model.parameters()], CLIP / (norm + 1e-6))
 
@@ -471,58 +473,19 @@ class Spectra:
 #          Log and checkpoint          #
 ########################################
 
-def check_directory(c, overwrite: bool) -> None:
-    """UserError if --out names something that is not empty."""
-    path = Path(c.out or "out")
-    if path.exists() and (not path.is_dir() or (c.out and any(path.iterdir()) and not overwrite)):
-        raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; or "
-                        "name another")
-
-
-def open_log(argv, c, step: int, ranks: int):
-    """(directory of the run, its log): of a new run, or of one that is resumed after `step`."""
-    from tools import machine
-    number = 0
-    while c.out is None:  # the next free name
-        path = Path(f"out/{c.size}-{c.method}-{number:02d}")
-        number, c.out = number + 1, None if path.exists() else str(path)
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        for name in "log.jsonl", "ckpt.pt", "loss.png":  # of the run that is replaced
-            (out / name).unlink(missing_ok=True)
-    cut_log(out / "log.jsonl", step)
-    log = open(out / "log.jsonl", "a", encoding="utf-8")
-    first = {"argv": argv, "config": vars(c), "ranks": ranks, **machine.provenance()}  # how to make it again
-    print(json.dumps(first), file=log, flush=True)
-    return out, log
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after a step, and a line that a kill left torn: the resumed run writes them
-    again."""
-    kept = []
-    for row in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(row).get("step", 0) <= step:
-                kept.append(row + "\n")
-        except ValueError:
-            pass
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
-
-
 def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int) -> None:
-    """The whole state of a run, in a file that is replaced at once: a kill at any moment leaves the old one
-    or the new."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
+    """The whole state of a run, with a checksum at its end. A kill at any moment leaves a whole checkpoint.
+    The one before stays as ckpt.old.pt, except while this one is written: the disk never holds three."""
+    old = path.with_name("ckpt.old.pt")
+    old.unlink(missing_ok=True)
+    with data.replacing(path, "w+b") as file:
         torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step, "seconds": seconds, "flops": flops, "config": vars(c)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+                    "step": step, "seconds": seconds, "flops": flops, "config": vars(c),
+                    "sealed": True}, file)
+        file.write(seal(file, file.tell()))
+        if path.exists():
+            with suppress(OSError):  # a disk that knows no links keeps one checkpoint
+                os.link(path, old)
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
@@ -555,23 +518,28 @@ def line(record: dict, c, speed: float, mfu: float | None) -> str:
 @command
 def main(argv=None):
     """Look at everything that can be wrong, before anything is allocated or written; then train."""
+    from tools import machine, safety
     argv = sys.argv[1:] if argv is None else argv
     given = parse(argv)
     rank, ranks = rank_and_ranks()
-    checkpoint = None
-    if given.get("resume"):
-        if "out" not in given or "overwrite" in given:
+    checkpoint, overwrite, auto = None, "overwrite" in given, given.get("resume") == "auto"
+    if "resume" in given:
+        if "out" not in given or overwrite:
             raise UserError("--resume goes on with a run, and needs its directory: --resume --out out/<run>, "
                             "without --overwrite")
-        if not Path(given["out"]).is_dir():
-            raise UserError(f"--out {given['out']}: no such directory. Runs are in out/; make one with: "
-                            "python train.py")
-        checkpoint = load_checkpoint(given["out"])
+        if not auto or os.path.lexists(Path(given["out"]) / "ckpt.pt"):
+            if not Path(given["out"]).is_dir():
+                raise UserError(f"--out {given['out']}: no such directory. Runs are in out/; make one with: "
+                                "python train.py")
+            checkpoint = load_checkpoint(given["out"])
     c = resolve(given, ranks, checkpoint and checkpoint["config"])
     stop = min(c.steps, c.stop_at or c.steps)
     if checkpoint and checkpoint["step"] >= stop:
-        raise UserError(f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
-                        f"to do up to step {stop}. Its scores: python eval.py {shlex.quote(given['out'])}")
+        done = (f"{given['out']} has come to step {checkpoint['step']} of {c.steps}: nothing is left "
+                f"to do up to step {stop}. Its scores: python eval.py {shlex.quote(given['out'])}")
+        if auto:
+            return print(done) if rank == 0 else None
+        raise UserError(done)
     method = find_method(c.method, c.method_args)
     with torch.device("meta"):  # shapes without memory
         blank = Llama(LlamaConfig(**c.model), method.linear)
@@ -582,14 +550,19 @@ def main(argv=None):
         from tools import plan
         return print(plan.describe(c, blank, method.flops_per_token(blank), ranks)) if rank == 0 else None
     if checkpoint is None:
-        check_directory(c, "overwrite" in given)
+        safety.check_directory(c, overwrite, auto)
 
     device = join_ranks(c.device)
     corpus = open_corpus(c, rank)
-    with signals_caught() as caught:
-        run(argv, c, corpus, checkpoint, stop, caught, device, rank, ranks)
+    first = {"argv": argv, "ranks": ranks, **machine.provenance()}  # of the log: how to make it again
+    step = checkpoint["step"] if checkpoint else 0
+    opened = safety.run_directory(c, overwrite, auto, step, first) if rank == 0 else nullcontext()
+    with safety.signals_caught() as caught, opened as log:
+        run(c, corpus, checkpoint, stop, caught, log, device, rank, ranks)
     if ranks > 1:
         dist.destroy_process_group()
+    if signal.SIGINT in caught:
+        raise SystemExit(130)
 
 
 def open_corpus(c, rank: int):
@@ -617,24 +590,6 @@ def open_corpus(c, rank: int):
         return train, val, None
 
 
-@contextmanager
-def signals_caught():
-    """A list that a first SIGINT or SIGTERM fills, so that the run can save and end after its step. A second
-    one interrupts."""
-    caught, main_thread = [], threading.current_thread() is threading.main_thread()
-
-    def handle(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-    old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def wrapped(model, c, ranks: int):
     """The model as training calls it: compiled where that is on, averaging gradients over the ranks."""
     network = torch.compile(model) if c.compile else model
@@ -644,8 +599,9 @@ def wrapped(model, c, ranks: int):
     return network
 
 
-def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int, ranks: int) -> None:
-    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `caught`."""
+def run(c, corpus, checkpoint, stop: int, caught, log, device, rank: int, ranks: int) -> None:
+    """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `caught`.
+    log(record) appends to the run's log."""
     from tools import machine, plan, report
     train, val, tokenizer = corpus
     method = find_method(c.method, c.method_args)
@@ -666,7 +622,6 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
     spectra = Spectra(model, c.spectra_of, optimizers, val.read([0])[0][:, :64].to(device))
     peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
     if rank == 0:
-        out, log = open_log(argv, c, step, ranks)
         print(plan.describe(c, model, method.flops_per_token(model), ranks), flush=True)
 
     scores, diverged, last = {}, None, False
@@ -681,7 +636,7 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
         loss = backward(network, train, c, step, device, rank, ranks)
         norm, loss, told_to_stop = read_back(model, loss, bool(caught), ranks)
         try:
-            clip_gradients(model, norm, step + 1, fraction * c.lr)
+            clip_gradients(model, norm, loss, step + 1, fraction * c.lr)
         except NonFinite as error:
             if c.on_nonfinite == "stop":
                 raise
@@ -713,19 +668,18 @@ def run(argv, c, corpus, checkpoint, stop: int, caught: list, device, rank: int,
             record = {"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
                       "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": scores.get("val_loss"),
                       "lr": fraction * c.lr, **spectra.after()}
-            print(json.dumps(record), file=log, flush=True)
+            log(record)
             print(line(record, c, speed, peak and method.flops_per_token(model) * speed / peak / ranks),
                   flush=True)
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
         if rank == 0 and (last or step % c.save_every == 0):
-            save(out / "ckpt.pt", model, optimizers, c, step, seconds, flops)
+            save(Path(c.out) / "ckpt.pt", model, optimizers, c, step, seconds, flops)
 
     if rank == 0:
         if diverged:
-            print(json.dumps({"step": step + 1, "diverged": diverged}), file=log)
+            log({"step": step + 1, "diverged": diverged})
             scores = {"diverged": diverged}
-        log.close()
-        report.end_of_run(model, tokenizer, out, c, step, seconds, scores)
+        report.end_of_run(model, tokenizer, Path(c.out), c, step, seconds, scores)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 from model import SIZES, count_parameters
 from paper.runs import ARMS, Run, log_of
@@ -53,7 +54,8 @@ def save(fig, path, message: str, setting: str) -> None:
     message, setting = textwrap.fill(message, int(10.5 * width)), textwrap.fill(setting, int(13 * width))
     fig.suptitle(message, fontsize=11.5, x=0.01, ha="left")
     fig.axes[0].set_title(setting, fontsize=8, color="0.35", loc="left")
-    fig.savefig(path, dpi=150)
+    with replacing(path) as file:
+        fig.savefig(file, format=Path(path).suffix[1:], dpi=150)
 
 
 ########################################

@@ -17,7 +17,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from data import Parser, UserError, command, positive
+from data import Parser, UserError, command, positive, replacing
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, runs
 from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
@@ -173,7 +173,8 @@ def report(name: str, scale: Scale) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    with replacing(path, "w") as file:
+        file.write(text)
 
 
 ########################################

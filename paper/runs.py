@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 import train
-from data import UserError
+from data import UserError, replacing
 from model import NANO_SIZES, Llama, LlamaConfig
+from tools.safety import lock
 from tools.plot import read_log
 
 RESULTS, OUT = Path("results"), Path("out/paper")
@@ -221,7 +222,7 @@ def command(run: Run, scale: Scale) -> list[str]:
     out = OUT / scale.name / run.name
     return [*python, "train.py", *flags_of(ARMS[run.arm], scale), "--lr", f"{run.lr:g}",
             "--seed", str(run.seed), "--steps", str(steps), *often, "--on_nonfinite", "record",
-            "--out", str(out), "--resume" if (out / "ckpt.pt").is_file() else "--overwrite"]
+            "--out", str(out), "--resume", "auto"]
 
 
 def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
@@ -240,9 +241,8 @@ def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
                             f"{said.strip()}")
     kept = log_of(run, scale)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    part.write_text("".join(thinned(log.read_text("utf-8").splitlines())), encoding="utf-8")
-    os.replace(part, kept)
+    with replacing(kept, "w") as file:
+        file.writelines(thinned(log.read_text("utf-8").splitlines()))
 
 
 def thinned(rows: list[str]) -> list[str]:
@@ -282,27 +282,17 @@ def make_all(runs: list[Run], scale: Scale) -> None:
             raise
 
 
-def lock_file(file) -> None:
-    """Locks an open file until its process ends, on Windows too. OSError where another process has it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-
 @contextmanager
 def alone(where: Path):
     """UserError where another process makes runs in this directory; SIGTERM is as Ctrl-C meanwhile."""
     def interrupt(*_):
         raise KeyboardInterrupt
     where.mkdir(parents=True, exist_ok=True)
-    with open(where / "lock", "w") as lock:
-        try:
-            lock_file(lock)
-        except OSError:
-            raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
+    try:
+        held = lock(where / "lock")
+    except BlockingIOError:
+        raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
+    with held:
         before = signal.signal(signal.SIGTERM, interrupt)
         try:
             yield

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -32,12 +33,13 @@ def make(directory, train=(np.arange(1000) % 250,), val=(np.arange(200) % 250,),
 #                Shards                #
 ########################################
 
-def test_a_shard_is_256_int32_and_then_uint16(tmp_path):
+def test_a_shard_is_256_int32_with_a_crc_and_then_uint16(tmp_path):
     tokens = np.array([0, 1, 50256, 65535])
     data.write_shard(tmp_path / "a.bin", tokens)
     raw = (tmp_path / "a.bin").read_bytes()
     header = np.frombuffer(raw[:1024], dtype="<i4")
-    assert len(raw) == 1024 + 8 and list(header[:3]) == [20240520, 1, 4] and not header[3:].any()
+    assert len(raw) == 1024 + 8 and list(header[:3]) == [20240520, 1, 4] and not header[4:].any()
+    assert header[3:4].view("<u4")[0] == zlib.crc32(raw[1024:])
     assert (list(np.frombuffer(raw[1024:], dtype="<u2")) == list(tokens)
             == list(data.open_shard(tmp_path / "a.bin")))
     assert os.listdir(tmp_path) == ["a.bin"]
@@ -80,7 +82,7 @@ def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
     with pytest.raises(UserError, match="val shards hold 16 tokens and no window of 16"):
         open_data(tmp_path / "short", 16)
     (make(tmp_path / "bad") / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="does not say which tokenizer"):
         open_data(tmp_path / "bad", 16)
 
 

@@ -187,13 +187,12 @@ def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, m
             sample.read_prompt("a" + space * 1_000_000, gpt2, 32)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_without_utf8_shows_what_it_can(trained, encoding):
+def test_a_terminal_without_utf8_shows_what_it_can(trained):
     command = [sys.executable, "-m", "tools.sample", trained, "--prompt", "é\u263a ", "--tokens", "9"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": encoding})
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.startswith("é? ".encode(encoding, "replace"))
+    assert done.stdout.startswith("é? ".encode("latin-1"))
 
 
 def test_misuse_is_one_message(trained, fails, monkeypatch):

@@ -4,7 +4,6 @@ message."""
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,22 +155,11 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_was_not_stopped(run):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_a_resume_from_a_torn_log_writes_each_step_once(run, float64):
-    whole = run("--steps", 12, *SMALL_STEPS, out="whole")
-    out = run("--steps", 12, "--stop_at", 6, *SMALL_STEPS, out="parts")
-    with open(out / "log.jsonl", "a") as log:  # as a kill between two checkpoints leaves it
-        log.write(json.dumps({**records(whole)[6], "loss": 99.0}) + '\n{"step": 8, "lo')
-    train.main(["--resume", "--out", str(out), "--batch_size", "2", "--spectra_every", "1"])
-    assert ([row["step"] for row in records(out)] == list(range(1, 13))
-            and max(r["loss"] for r in records(out)) < 9)
-    assert largest_difference(weights(whole), weights(out)) < 1e-9
-
-
-def test_two_ranks_equal_one_process_and_each_other(corpus, tmp_path):
+def test_two_ranks_equal_one_process_and_each_other(run, float64, corpus, tmp_path):
     """2 micro-steps on 2 ranks: gradients have to be averaged, and all-reduced with the last micro-step. In
     the end no thread of the process group is left: now and then it would abort the interpreter's exit."""
     flags = ["--data", corpus, "--steps", 6, "--eval_every", 3]
-    torchrun(tmp_path, 1, [*flags, "--out", tmp_path / "one"])
+    run(*flags, out="one")
     before = FLOAT64 + """import train
 kept, assigned = [], train.assert_assigned
 train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
@@ -218,29 +206,8 @@ def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(
 
 
 ########################################
-#          Kills and divergence        #
+#              Divergence              #
 ########################################
-
-def test_a_signal_saves_and_ends_and_a_kill_leaves_the_last_checkpoint(corpus, tmp_path, run):
-    whole = run("--steps", 60, out="whole")
-    out = tmp_path / "killed"
-    for kill, more in ((signal.SIGTERM, ["--steps", "60", "--save_every", "1000"]),
-                       (signal.SIGKILL, ["--resume"])):
-        flags = more if "--resume" in more else [*TINY, "--data", str(corpus), *more]
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags],
-                                   stdout=subprocess.PIPE, text=True)
-        for row in process.stdout:
-            if (row.startswith("step ")
-                    and int(row.split()[1].split("/")[0]) >= (10 if kill == signal.SIGTERM else 0)):
-                break
-        process.send_signal(kill)
-        rest = process.communicate(timeout=120)[0]
-        if kill == signal.SIGTERM:
-            assert process.returncode == 0 and f"Go on: python train.py --resume --out {out}" in rest
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] >= 10
-    train.main(["--resume", "--out", str(out)])
-    assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
-
 
 def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(run, fails, monkeypatch):
     out = run("--steps", 10, "--stop_at", 4, "--save_every", 1000)

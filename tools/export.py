@@ -9,17 +9,16 @@ The padding of the vocabulary is cut off, so that scores are over the tokenizer'
 """
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import END_OF_TEXT, Parser, UserError, command
+from data import END_OF_TEXT, Parser, UserError, command, replacing
 from eval import load_run
 from model import Llama, block_matrices
+from tools.safety import new_directory
 
 NAMES = {r"^blocks\.": "model.layers.", r"\.attention\.": ".self_attn.", r"\.ffn\.": ".mlp.",
          r"\.attention_norm\.": ".input_layernorm.", r"\.ffn_norm\.": ".post_attention_layernorm.",
@@ -104,6 +103,7 @@ def tokenizer_files(tokenizer) -> dict[str, dict]:
 def export(run, to: Path, factors: bool = False) -> list[str]:
     """Write the checkpoint to a new directory; returns the names of its files."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("the export needs one more package: pip install safetensors") from None
@@ -112,8 +112,6 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
              if name[-2:] in (".A", ".B")}
     if factors and not pairs:
         raise UserError(f"{run} has dense weights and no factors: leave --factors out")
-    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {to} exists and is not an empty directory: name another")
     settings = config_of(model, tokenizer)
     files = {"config.json": settings, "generation_config.json": {k: settings[k] for k in ("bos_token_id",
                                                                                        "eos_token_id")}}
@@ -121,19 +119,16 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
         files |= tokenizer_files(tokenizer)
     else:
         print(f"no tokenizer files: {config['tokenizer']} cuts text into words in a way of its own")
-    building = to.with_name(f"{to.name}.building.{os.getpid()}")  # renamed when it is whole
-    building.mkdir(parents=True)
-    try:
-        tensors = weights(model, tokenizer.n_vocab)
-        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        if factors:
-            save_file(pairs, building / "factors.safetensors", metadata={"format": "pt"})
+    with new_directory(to, "--to") as building:
+        tensors = {"model": weights(model, tokenizer.n_vocab), **({"factors": pairs} if factors else {})}
+        for name, content in tensors.items():
+            try:
+                save_file(content, building / f"{name}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"{to}/{name}.safetensors could not be written: {error}") from None
         for name, content in files.items():
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            (building / name).write_text(text, encoding="utf-8")
-        os.replace(building, to)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            with replacing(building / name, "w") as file:
+                file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if config["tokenizer"] == "bytes":
         print("not for GGUF: llama.cpp's converter does not know the pre-tokenizer of byte-level runs; a run "
               "on gpt2 tokens can be converted")

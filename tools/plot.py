@@ -8,7 +8,7 @@ import os
 import textwrap
 from pathlib import Path
 
-from data import Parser, UserError, command
+from data import Parser, UserError, command, replacing
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
@@ -37,8 +37,8 @@ def read_log(run) -> tuple[dict, list[dict]]:
         header["config"].keys()  # is a dictionary
         return header, [r for r in records if "step" in r]
     except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is not a log of train.py: expected JSON lines, the first one "
-                        "with a config") from None
+        raise UserError(f"{path} is damaged, or not a log of train.py: expected JSON lines, the first one "
+                        "with a config. Name another run, or train it again") from None
 
 
 def labels(configs: list[dict], runs: list) -> list[str]:
@@ -77,7 +77,8 @@ def add_legend(fig, handles, names) -> None:
 
 def figure(runs, out, x="step", y=None) -> None:
     """Draw y over x of these runs to `out`. Without y: a single run's training and validation loss."""
-    draw(runs, x, y).savefig(out, dpi=150)
+    with replacing(out) as file:
+        draw(runs, x, y).savefig(file, format=Path(out).suffix[1:], dpi=150)
 
 
 def draw(runs, x, y):

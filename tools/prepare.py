@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import sysconfig
 import time
@@ -24,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import SHARD_TOKENS, Parser, UserError, command, encode, get_tokenizer, write_shard
+from data import SHARD_TOKENS, Parser, UserError, command, encode, get_tokenizer, replacing, write_shard
+from tools.safety import new_directory
 
 WINDOW = 257  # tokens that a split has at least: one window of nano
 CHUNK = 4096  # characters of a document that is cut from a .txt, at least
@@ -116,22 +116,13 @@ def write_corpus(texts, tokenizer_name: str, out, source: str, quiet: bool = Fal
     meta.json.
 
     Validation is the 2% of the documents with the lowest hashes, and at least one window of them, so that
-    equal documents share a split. Everything is written beside `out` and renamed at the end. UserError if
-    `out` exists, or a split comes to less than a window.
+    equal documents share a split. UserError if `out` exists, or a split comes to less than a window.
     """
-    out = Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists: name another directory with --out")
-    tokenizer = get_tokenizer(tokenizer_name)
-    building = out.with_name(f"{out.name}.building.{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
-        counts = split_and_write(texts, tokenizer, building, quiet)
+    with new_directory(Path(out)) as building:
+        counts = split_and_write(texts, get_tokenizer(tokenizer_name), building, quiet)
         meta = {"tokenizer": tokenizer_name, "source": source, **counts}
-        (building / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        os.replace(building, out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with replacing(building / "meta.json", "w") as file:
+            file.write(json.dumps(meta, indent=1) + "\n")
     return meta
 
 
