@@ -243,7 +243,9 @@ def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNam
     if saved:
         check_unchanged(flags, saved)
         compiles = saved["compile"] and device == saved["device"]
-        c = SimpleNamespace(**{**saved, "stop_at": None, "compile": compiles, **flags, "device": device})
+        newer = {flag: default for flag, (_, default, _) in FLAGS.items() if flag not in saved}
+        c = SimpleNamespace(**{**saved, **newer, "stop_at": None, "compile": compiles, **flags,
+                               "device": device})
     else:
         c = SimpleNamespace(**{**defaults(flags, device), **flags})
         c.eval_every = c.eval_every or max(1, c.steps // (5 if c.size in NANO_SIZES else 10))
@@ -388,7 +390,7 @@ class NonFinite(UserError):
     """A loss or a gradient that is not finite."""
 
 
-def clip_gradients(model, norm: float, loss: float, step: int, lr: float) -> None:
+def clip_gradients(model, norm: float, step: int, lr: float, loss: float = 0.0) -> None:
     """Scale the gradients so that their norm is at most CLIP. NonFinite, before any weight is touched, where
     the norm or the loss is not finite."""
     if not math.isfinite(norm + loss):
@@ -480,8 +482,7 @@ def save(path: Path, model, optimizers, c, step: int, seconds: float, flops: int
     old.unlink(missing_ok=True)
     with data.replacing(path, "w+b") as file:
         torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step, "seconds": seconds, "flops": flops, "config": vars(c),
-                    "sealed": True}, file)
+                    "step": step, "seconds": seconds, "flops": flops, "config": vars(c)}, file)
         file.write(seal(file, file.tell()))
         if path.exists():
             with suppress(OSError):  # a disk that knows no links keeps one checkpoint
@@ -636,7 +637,7 @@ def run(c, corpus, checkpoint, stop: int, caught, log, device, rank: int, ranks:
         loss = backward(network, train, c, step, device, rank, ranks)
         norm, loss, told_to_stop = read_back(model, loss, bool(caught), ranks)
         try:
-            clip_gradients(model, norm, loss, step + 1, fraction * c.lr)
+            clip_gradients(model, norm, step + 1, fraction * c.lr, loss)
         except NonFinite as error:
             if c.on_nonfinite == "stop":
                 raise

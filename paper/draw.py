@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+from data import replacing
 from model import SIZES, count_parameters
 from paper.runs import ARMS, Run, log_of
 from tools.plot import COLOURS, new_figure, read_log
