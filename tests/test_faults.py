@@ -136,23 +136,32 @@ def test_a_directory_of_another_is_not_taken_for_a_corpus_half_built(tmp_path, f
 
 def test_a_signal_saves_after_its_step_and_a_second_one_leaves_at_once(run, corpus, tmp_path):
     """SIGTERM exits with 0, Ctrl-C with 130; the second Ctrl-C does not wait for the step."""
-    flags = ["--steps", 60, "--save_every", 1000, "--eval_every", 20]
+    flags = ["--steps", 40, "--save_every", 1000]
     out = tmp_path / "run"
-    for number, code in (signal.SIGTERM, 0), (signal.SIGINT, 130):
-        process = child("", [*TINY, "--data", corpus, *flags, "--resume", "auto", "--out", out])
-        wait_for(process, "step ")
-        process.send_signal(number)
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode == code and f"Go on: python train.py --resume --out {out}" in said
-    checkpoint = (out / "ckpt.pt").read_bytes()
-    process = child("train.backward = lambda *args: (print('here', flush=True), time.sleep(600))",
-                    ["--resume", "--out", out])
-    wait_for(process, "here")
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.communicate(timeout=20)[1] and process.returncode == 130
-    assert (out / "ckpt.pt").read_bytes() == checkpoint
+    process = child("", [*TINY, "--data", corpus, *flags, "--out", out])
+    wait_for(process, "step ")
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and f"Go on: python train.py --resume --out {out}" in said
+    step = evaluation.load_checkpoint(out)["step"]
+    slow = """backward, calls = train.backward, []
+def waiting(*args):
+    calls.append(print("here", flush=True))
+    time.sleep(600 * (len(calls) > 2) + 0.5)
+    return backward(*args)
+train.backward = waiting"""
+    for signals, seconds, more in (1, 120, 1), (2, 20, 0):  # how often Ctrl-C, and how much is done by it
+        process = child(slow, ["--resume", "--out", out])
+        wait_for(process, "here")
+        if signals == 2:
+            [wait_for(process, "here") for _ in range(2)]
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        said, error = process.communicate(timeout=seconds)
+        assert process.returncode == 130 and "Traceback" not in error
+        step += more
+        assert evaluation.load_checkpoint(out)["step"] == step
     train.main(["--resume", "--out", str(out)])
     whole = run(*flags, out="whole")
     assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())

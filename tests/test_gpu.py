@@ -1,5 +1,6 @@
 """What a GPU will need and a CPU can show: one compiled graph, and a whole step on fake CUDA tensors."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,30 +10,34 @@ import pytest
 import torch
 
 from conftest import ROOT
-from launch import torchrun
+from launch import FLOAT64, torchrun
+from model import SIZES
 from tools import plot
 
-SMALL = """import dataclasses, model
+SMALL = FLOAT64 + """import dataclasses, model
 model.SIZES["nano-0.6M"] = dataclasses.replace(model.SIZES["nano-0.6M"], n_layers=1)
 """
 COMPILE = """import torch, torch._dynamo
 torch._dynamo.config.error_on_recompile = True
-real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True)
+real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True, backend=BACKEND)
 """
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
 
 
 @needs_gcc
-def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(corpus, tmp_path):
-    """Through train.py, on one rank and on two with no_sync; validation, the probe and a sample between."""
+def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(
+        run, float64, corpus, tmp_path, monkeypatch):
+    """Through train.py, on one rank with real kernels, and on two with no_sync and the same graph;
+    validation, the probe and a sample between."""
     flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
              "--data", corpus]
-    runs = {"plain": (1, [], ""), "compiled": (1, ["--compile"], COMPILE),
-            "ranks": (2, ["--compile", "--batch_size", 2], COMPILE)}
-    losses = {}
-    for name, (ranks, more, before) in runs.items():
-        torchrun(tmp_path, ranks, [*flags, *more, "--out", tmp_path / name], SMALL + before)
-        losses[name] = [(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
+    monkeypatch.setitem(SIZES, "nano-0.6M", dataclasses.replace(SIZES["nano-0.6M"], n_layers=1))
+    run(*flags, out="plain")
+    for name, ranks, size, backend in ("compiled", 1, 8, "inductor"), ("ranks", 2, 2, "aot_eager"):
+        torchrun(tmp_path, ranks, [*flags, "--compile", "--batch_size", size, "--out", tmp_path / name],
+                 SMALL + f"BACKEND = {backend!r}\n" + COMPILE)
+    losses = {name: [(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
+              for name in ("plain", "compiled", "ranks")}
     for name in "compiled", "ranks":
         for found, expected in zip(losses[name], losses["plain"], strict=True):
             assert found == pytest.approx(expected, abs=1e-5)

@@ -190,7 +190,7 @@ def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path,
     monkeypatch.setattr(runs, "OUT", tmp_path / "out")
     monkeypatch.chdir(ROOT)
     tiny = [flag for flag in TINY if flag not in ("--tokens_per_step", "256", "--eval_every", "1000")]
-    scale = runs.scale_of("nano-0.6M", str(corpus), steps=120, tokens_per_step=256)
+    scale = runs.scale_of("nano-0.6M", str(corpus), steps=60, tokens_per_step=256)
     scale = replace(scale, flags=tuple(tiny))
     run, out = Run("spectron", 0.1), tmp_path / "out" / scale.name / "spectron-lr0.1-seed0"
     process = subprocess.Popen(runs.command(run, scale), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path,
     assert not runs.is_finished(out / "log.jsonl") and "--resume" in runs.command(run, scale)
     runs.make_all([run], scale)
     log = runs.log_of(run, scale)
-    assert runs.is_finished(log) and runs.final_loss(log) < 4.5
+    assert runs.is_finished(log) and runs.final_loss(log) < 4.8
     assert len({row["step"] for row in runs.read_log(log)[1]}) == len(runs.read_log(log)[1])
     stamp = log.stat().st_mtime_ns
     runs.make_all([run], scale)
