@@ -96,7 +96,7 @@ def test_jsonl_is_one_document_a_line(tmp_path):
     ("a.jsonl", b'{"text": "x"}\nnot json\n', "line 2"), ("a.jsonl", b'{"body": "x"}\n', "line 1"),
     ("a.jsonl", b'{"text": 3}\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
     ("a.txt.gz", b"not gzip", "cannot be read"),
-    ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot be read"),
+    ("a.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "cannot be read"),
     ("a.csv", b"x", "expected .txt"), ("a.txt", b"", "0 tokens for the train split")])
 def test_bad_text_gets_one_message_and_makes_nothing(tmp_path, fails, name, content, expected):
     (tmp_path / name).write_bytes(content)
