@@ -32,6 +32,21 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     return X.mT if wide else X
 
 
+def equilibrate(M: Tensor, times: int, ns_steps: int) -> Tensor:
+    """The momentum M (..., p, q) with its rows scaled, so that those of its polar factor are about equal, and
+    every output neuron of A and every input feature of B moves.
+
+    Ours, not the paper's; MuonEq-R and Aurora do it for dense weights. The polar factor of a square matrix
+    has unit rows. That of a tall one, as every factor is, has rows as uneven as M's. Scaling them before
+    Newton-Schulz leaves the singular values of its result near 1, and so the bound as it was. times = 2
+    corrects the scales once by the rows that come out. A row of zeros stays one.
+    """
+    M = F.normalize(M, dim=-1, eps=1e-19)
+    for _ in range(times - 1):
+        M = M / torch.linalg.vector_norm(newton_schulz(M, ns_steps), dim=-1, keepdim=True).clamp_min(1e-4)
+    return M
+
+
 def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     """Algorithm 3: (sigma, u), an estimate of the largest singular value of W from below, and its vector.
 
@@ -57,18 +72,21 @@ class Spectron(torch.optim.Optimizer):
 
     lr is eta. nesterov=False is Algorithm 1 to the letter. shape_scale multiplies A's update by
     sqrt(max(1, m / r)), as the public code does, which breaks the bound. Weight decay first shrinks a factor
-    by 1 - lr * weight_decay. Newton-Schulz runs in ns_dtype (None: the factor's own). orthogonalize alone is
-    Muon on each factor, eta O; renormalize alone is rho M / ||M||_2, a direction that the paper leaves open;
-    neither is SGD, eta M. ValueError for factors that are no pair and for settings out of range.
+    by 1 - lr * weight_decay. Newton-Schulz runs in ns_dtype (None: the factor's own). equilibrate, 0 to 2, is
+    how often the rows of the momentum are evened out. orthogonalize alone is Muon on each factor, eta O;
+    renormalize alone is rho M / ||M||_2, a direction that the paper leaves open; neither is SGD, eta M.
+    ValueError for factors that are no pair and for settings out of range.
     """
 
     def __init__(self, pairs, lr, momentum=0.95, weight_decay=0.0, nesterov=True, shape_scale=False,
-                 ns_steps=5, power_steps=1, ns_dtype=None, orthogonalize=True, renormalize=True):
+                 ns_steps=5, power_steps=1, ns_dtype=None, orthogonalize=True, renormalize=True,
+                 equilibrate=0):
         settings = dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, shape_scale=shape_scale,
             ns_steps=ns_steps, power_steps=power_steps, ns_dtype=ns_dtype, orthogonalize=orthogonalize,
-            renormalize=renormalize)
-        if not (lr >= 0 <= weight_decay and 0 <= momentum < 1 <= min(ns_steps, power_steps)):
+            renormalize=renormalize, equilibrate=equilibrate)
+        if not (lr >= 0 <= weight_decay and 0 <= momentum < 1 <= min(ns_steps, power_steps)
+                and equilibrate in (0, 1, 2)):
             raise ValueError(f"out of range, one of {settings}")
         for A, B in (pairs := [tuple(pair) for pair in pairs]):
             if not (A.ndim == B.ndim == 2 and A.size(1) == B.size(1)):
@@ -105,7 +123,10 @@ class Spectron(torch.optim.Optimizer):
         for (shape, _, side), rows in stacks.items():
             stack, D = [factors[i] for i in rows], torch.stack([directions[i] for i in rows])
             if group["orthogonalize"]:
-                D = newton_schulz(D.to(group["ns_dtype"] or D.dtype), group["ns_steps"])
+                D = D.to(group["ns_dtype"] or D.dtype)
+                if times := group.get("equilibrate"):  # older checkpoints do not have it
+                    D = equilibrate(D, times, group["ns_steps"])
+                D = newton_schulz(D, group["ns_steps"])
             elif group["renormalize"]:  # by the exact norm, from an SVD that waits for the GPU
                 norm = torch.linalg.matrix_norm(D, ord=2, keepdim=True)
                 D = D / norm.clamp_min(torch.finfo(D.dtype).tiny)

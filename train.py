@@ -100,7 +100,7 @@ def spectron_optimizers(model, c):
     spectron = Spectron(
         pairs, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov,
         shape_scale=c.shape_scale, ns_steps=c.ns_steps, power_steps=c.power_steps,
-        orthogonalize=c.orthogonalize, renormalize=c.renormalize,
+        orthogonalize=c.orthogonalize, renormalize=c.renormalize, equilibrate=c.equilibrate,
         ns_dtype=torch.bfloat16 if c.dtype == "bfloat16" else None)
     return [spectron, *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
 
@@ -116,7 +116,7 @@ def muon_optimizers(model, c):
 
 
 LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
-SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
+SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr", "equilibrate"
 METHODS = {
     "spectron": Method(spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
     "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
@@ -177,6 +177,7 @@ FLAGS = {
     "shape_scale": (bool, False, "multiply A's update by sqrt(max(1, m / r)), as the public code does"),
     "ns_steps": (positive, 5, "Newton-Schulz iterations"),
     "power_steps": (positive, 1, "power iterations per step"),
+    "equilibrate": ([0, 1, 2], 0, "even out the rows of the momentum, once or twice: ours, not the paper's"),
     "weight_decay": (number(), 0.0, "decoupled, of every matrix, times that matrix's lr"),
     # the batch and the run
     "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
@@ -213,7 +214,7 @@ def parse(argv) -> dict:
     """The flags that were given, and only those."""
     parser = Parser(__doc__)
     for name, (kind, default, help) in FLAGS.items():
-        more = ({"choices": kind} if isinstance(kind, list) else
+        more = ({"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else
                 {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind})
         if name == "method_args":
             more |= {"nargs": "+", "metavar": "KEY=VALUE"}
@@ -285,6 +286,7 @@ def check_flags(flags: dict, name: str, method: Method) -> None:
         raise UserError(f"--compile does not go with --method {name}, whose forward pass changes from step "
                         "to step: leave it out")
     for flag, needs, there in (("ns_steps", "--orthogonalize", flags.get("orthogonalize", True)),
+                               ("equilibrate", "--orthogonalize", flags.get("orthogonalize", True)),
                                ("power_steps", "--renormalize", flags.get("renormalize", True)),
                                ("muon_lr", "--factorize ffn", flags.get("factorize") == "ffn")):
         if flag in flags and not there:

@@ -17,7 +17,8 @@ LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renorm
          "neither": (ORANGE, "^", "-"), "adamw": (GREEN, "v", "-"), "self-guided": (GREEN, "P", "--"),
          "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
-         "dense-time": (GREY, "d", "--")}
+         "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
+         "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--")}
 
 
 def look(arm: str) -> dict:

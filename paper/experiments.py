@@ -187,6 +187,10 @@ EXPERIMENTS = {
         "The paper shows two learning rates of four methods at size S. An lr is the radius of a step for "
         "Spectron and about the size of an entry's step for AdamW: the widths compare, not the places.",
         single=("dense-adamw",), pairs=guided_with_muon),
+    "equilibrated": Experiment(
+        "Equilibrated Spectron, a method of our own",
+        ("spectron", "equilibrated", "equilibrated-2", "orthogonalize", "equilibrated-muon"),
+        draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",

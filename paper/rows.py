@@ -1,0 +1,107 @@
+"""How even are the rows of an orthogonalized momentum? Those of a real run, by kind of matrix and by step.
+
+    python -m paper.rows       results/equilibrated/rows.json, rows.md and rows.png
+
+Trains nano as `python -m paper.reproduce equilibrated` does, stops after steps 5, 50 and 200, and takes the
+momenta from the checkpoints. A row's length is given over the root mean square of all rows of its factor.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from data import Parser, command
+from eval import load_checkpoint, load_model
+from model import block_matrices
+from paper.draw import save
+from paper.reproduce import markdown, write
+from paper.runs import RESULTS
+from spectron import equilibrate, newton_schulz
+from tools.plot import COLOURS, new_figure
+
+STEPS, TIMES = (5, 50, 200), (0, 1, 2)
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TRAIN = f"--steps {STEPS[-1]} --lr 0.1 --eval_tokens 16384 --final_eval_tokens 16384"
+
+
+def momenta(checkpoint: dict) -> dict:
+    """(kind, "A" or "B") -> the momenta of all blocks, (blocks, rows, rank), in float64."""
+    model = load_model(checkpoint, "cpu")
+    states, found = iter(checkpoint["optimizers"][0]["state"].values()), {}
+    assert [p for pair in model.factor_pairs() for p in pair][0] is list(block_matrices(model).values())[0].A
+    for name in block_matrices(model):
+        for factor in "AB":
+            M = next(states)["momentum_buffer"].double()
+            found.setdefault((name.split(".")[-1], factor), []).append(M)
+    return {key: torch.stack(Ms) for key, Ms in found.items()}
+
+
+def lengths(M: torch.Tensor, times: int) -> torch.Tensor:
+    """The lengths of the rows of newton_schulz, over their root mean square, (blocks, rows)."""
+    O = newton_schulz(equilibrate(M, times, 5) if times else M)
+    rows = torch.linalg.vector_norm(O, dim=-1)
+    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+
+
+def measure(out: Path) -> list[dict]:
+    """A record for each step, kind, factor and number of times."""
+    records = []
+    for step in STEPS:
+        flags = f"{TRAIN} --stop_at {step} --resume auto --out {shlex.quote(str(out))}"
+        subprocess.run([sys.executable, "train.py", *shlex.split(flags)], check=True)
+        for (kind, factor), M in momenta(load_checkpoint(out)).items():
+            for times in TIMES:
+                rows = lengths(M, times)
+                records.append({"step": step, "kind": kind, "factor": factor, "times": times,
+                                "min": float(rows.min()), "max": float(rows.max()),
+                                "std": float(rows.std(-1).mean())})
+    return records
+
+
+def figure(records):
+    fig = new_figure(9, 4.6)
+    axes = fig.subplots(1, len(STEPS), sharey=True)
+    for ax, step in zip(axes, STEPS):
+        for times, colour, label in zip(TIMES, COLOURS, ("as they are", "equilibrated", "corrected once")):
+            some = [r for r in records if (r["step"], r["times"]) == (step, times)]
+            places = [2.6 * KINDS.index(r["kind"]) + 1.3 * (r["factor"] == "B") + 0.3 * times for r in some]
+            ax.vlines(places, [r["min"] for r in some], [r["max"] for r in some], color=colour, lw=1.8,
+                      label=label)
+        ax.axhline(1, color="0.6", lw=0.8, zorder=0)
+        ax.set(title=f"step {step}", ylim=(0, None))
+        ax.set_xticks([2.6 * i + 0.95 for i in range(len(KINDS))],
+                      [kind.removesuffix("_proj") for kind in KINDS], rotation=60)
+    axes[0].set_ylabel("length of a row of O over their RMS:\nfrom the shortest to the longest")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+    return fig
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--again", action="store_true", help="train again, although rows.json is there")
+    args = parser.parse_args(argv)
+    where = RESULTS / "equilibrated"
+    where.mkdir(parents=True, exist_ok=True)
+    if args.again or not (where / "rows.json").exists():
+        records = measure(Path("out/paper/rows"))
+        write(where / "rows.json", "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    records = json.loads((where / "rows.json").read_text("utf-8"))
+    head = ["step", "times", "kinds, A and B: standard deviation of the rows' lengths"]
+    rows = [[str(step), str(times), ", ".join(
+        f"{kind.removesuffix('_proj')} " + "/".join(f"{r['std']:.2f}" for r in records if (
+            r["step"], r["times"], r["kind"]) == (step, times, kind)) for kind in KINDS)]
+        for step in STEPS for times in TIMES]
+    write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
+          f"seed 0; all four blocks.\n\n{markdown(head, rows)}\n![figure](rows.png)\n")
+    save(figure(records), where / "rows.png", "Orthogonalized momenta have rows of very different lengths, "
+         "until they are equilibrated", "Size nano; one bar a factor, A left and B right, over all blocks")
+    print(f"{where}/rows.json, rows.md, rows.png")
+
+
+if __name__ == "__main__":
+    main()
