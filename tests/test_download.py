@@ -165,6 +165,20 @@ def test_a_damaged_shard_that_is_there_is_fetched_again(server, tmp_path):
     assert_whole(server, tmp_path / "d")
 
 
+def test_a_disk_that_is_full_ends_it_at_once_and_a_later_call_goes_on(server, tmp_path, fails):
+    resource = pytest.importorskip("resource", reason="no file-size limits here")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path / "d", "--url", server.url],
+              "fineweb_val_000000.bin.part", "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not server.pauses
+    get(server, tmp_path / "d", n=1)
+    assert_whole(server, tmp_path / "d", n=1)
+
+
 def test_misuse_gets_one_message(server, tmp_path, fails):
     fails(download.main, ["fineweb", "-n", 104], "104", "103", "fineweb100B")
     fails(download.main, ["fineweb", "--number", 3], "--number")

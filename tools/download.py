@@ -10,6 +10,7 @@ ARC-Easy in a zip file of 681 MB. A download that was cut goes on where it stopp
 after its size, its header or lines, and (where it is known) its SHA-256 were found right.
 """
 
+import errno
 import hashlib
 import http.client
 import json
@@ -73,6 +74,8 @@ def fetch(url: str, path: Path, check, pause: float = 1.0,
             part.unlink(missing_ok=True)
             problem = str(error)
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # the disk is full
+                raise OSError(error.errno, error.strerror, str(part)) from None
             problem = str(error) or type(error).__name__
         progress = part.exists() and part.stat().st_size > before
         failures = 1 if progress else failures + 1

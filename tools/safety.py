@@ -24,9 +24,11 @@ def lock(path: Path, wait: bool = False):
         except ImportError:  # Windows
             import msvcrt
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:  # as POSIX and Windows say it
         file.close()
         raise BlockingIOError(f"{path} is locked") from error
+    except OSError:
+        pass  # a file system that has no locks
     return file
 
 
