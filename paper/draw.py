@@ -18,7 +18,8 @@ LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renorm
          "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
          "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
-         "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--")}
+         "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
+         "lora-muon": (PINK, "P", "-")}
 
 
 def look(arm: str) -> dict:

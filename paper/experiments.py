@@ -189,7 +189,7 @@ EXPERIMENTS = {
         single=("dense-adamw",), pairs=guided_with_muon),
     "equilibrated": Experiment(
         "Equilibrated Spectron, a method of our own",
-        ("spectron", "equilibrated", "equilibrated-2", "orthogonalize", "equilibrated-muon"),
+        ("spectron", "equilibrated", "equilibrated-2", "orthogonalize", "equilibrated-muon", "lora-muon"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,

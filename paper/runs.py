@@ -63,6 +63,7 @@ ARMS = {
     "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
     "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
     "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
+    "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
     "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
     "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
     "spectron-ffn": Arm("Spectron", "--factorize ffn"),
