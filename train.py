@@ -212,7 +212,7 @@ ACTIONS = {"resume": "go on from the checkpoint in --out; auto: or start there, 
 
 def parse(argv) -> dict:
     """The flags that were given, and only those."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, usage="python train.py [--flag value ...]")
     for name, (kind, default, help) in FLAGS.items():
         more = ({"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else
                 {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind})
