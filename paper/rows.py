@@ -47,8 +47,18 @@ def lengths(M: torch.Tensor, times: int) -> torch.Tensor:
     return rows / rows.square().mean(-1, keepdim=True).sqrt()
 
 
+def balance(checkpoint: dict) -> list[dict]:
+    """sigma_A / sigma_B of each matrix, the least and the most of each kind; 1 at the start."""
+    model, found = load_model(checkpoint, "cpu"), {}
+    for name, layer in block_matrices(model).items():
+        A, B = (torch.linalg.matrix_norm(p.detach().double(), ord=2) for p in (layer.A, layer.B))
+        found.setdefault(name.split(".")[-1], []).append(float(A / B))
+    return [{"step": checkpoint["step"], "kind": kind, "min_ratio": min(x), "max_ratio": max(x)}
+            for kind, x in found.items()]
+
+
 def measure(out: Path) -> list[dict]:
-    """A record for each step, kind, factor and number of times."""
+    """A record for each step, kind, factor and number of times; and the balance at the end."""
     records = []
     for step in STEPS:
         flags = f"{TRAIN} --stop_at {step} --resume auto --out {shlex.quote(str(out))}"
@@ -59,7 +69,7 @@ def measure(out: Path) -> list[dict]:
                 records.append({"step": step, "kind": kind, "factor": factor, "times": times,
                                 "min": float(rows.min()), "max": float(rows.max()),
                                 "std": float(rows.std(-1).mean())})
-    return records
+    return records + balance(load_checkpoint(out))
 
 
 def figure(records):
@@ -67,7 +77,7 @@ def figure(records):
     axes = fig.subplots(1, len(STEPS), sharey=True)
     for ax, step in zip(axes, STEPS):
         for times, colour, label in zip(TIMES, COLOURS, ("as they are", "equilibrated", "corrected once")):
-            some = [r for r in records if (r["step"], r["times"]) == (step, times)]
+            some = [r for r in records if (r["step"], r.get("times")) == (step, times)]
             places = [2.6 * KINDS.index(r["kind"]) + 1.3 * (r["factor"] == "B") + 0.3 * times for r in some]
             ax.vlines(places, [r["min"] for r in some], [r["max"] for r in some], color=colour, lw=1.8,
                       label=label)
@@ -94,10 +104,13 @@ def main(argv=None):
     head = ["step", "times", "kinds, A and B: standard deviation of the rows' lengths"]
     rows = [[str(step), str(times), ", ".join(
         f"{kind.removesuffix('_proj')} " + "/".join(f"{r['std']:.2f}" for r in records if (
-            r["step"], r["times"], r["kind"]) == (step, times, kind)) for kind in KINDS)]
+            r["step"], r.get("times"), r["kind"]) == (step, times, kind)) for kind in KINDS)]
         for step in STEPS for times in TIMES]
+    ratios = ", ".join(f"{r['kind'].removesuffix('_proj')} {r['min_ratio']:.2f} to {r['max_ratio']:.2f}"
+                       for r in records if "min_ratio" in r)
     write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
-          f"seed 0; all four blocks.\n\n{markdown(head, rows)}\n![figure](rows.png)\n")
+          f"seed 0; all four blocks.\n\n{markdown(head, rows)}\nsigma_A / sigma_B after the last step, "
+          f"the least and the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
     save(figure(records), where / "rows.png", "Orthogonalized momenta have rows of very different lengths, "
          "until they are equilibrated", "Size nano; one bar a factor, A left and B right, over all blocks")
     print(f"{where}/rows.json, rows.md, rows.png")
