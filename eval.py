@@ -127,8 +127,10 @@ def load_checkpoint(path) -> dict:
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
+        begun = "Its run ended before the first one: type its command again, with --resume auto"
         raise UserError(f"no checkpoint: {path} does not exist. " + (
-            older_checkpoint(path) or "Runs are in out/; make one with: python train.py"))
+            older_checkpoint(path) or (begun if path.with_name("log.jsonl").exists() else "")
+            or "Runs are in out/; make one with: python train.py"))
     try:
         return read_checkpoint(path)
     except PermissionError:

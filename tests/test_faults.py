@@ -95,12 +95,14 @@ def killed(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_that_is_killed_ends_as_the_run_that_was_not(killed, moment):
+def test_a_run_that_is_killed_ends_as_the_run_that_was_not(killed, fails, moment):
     argvs, children = killed
     children[moment].communicate(timeout=120)
     assert children[moment].returncode == -signal.SIGKILL
-    train.main(list(map(str, argvs[moment])))
     whole, out = (argvs[name][argvs[name].index("--out") + 1] for name in ("whole", moment))
+    if moment == "before the first checkpoint":
+        fails(train.main, ["--resume", "--out", out], "before the first one", "--resume auto")
+    train.main(list(map(str, argvs[moment])))
     assert_same(whole, out)
     assert not list(out.glob("*.part"))
 
@@ -210,6 +212,24 @@ train.main(sys.argv[1:])""")
     one, two = weights(run(*FLAGS)), weights(tmp_path / "two")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-9
     assert [row["step"] for row in plot.read_log(tmp_path / "two")[1]] == list(range(1, 13))
+
+
+def test_all_ranks_stop_at_the_step_in_which_one_is_told_to(corpus, tmp_path):
+    """And the run saves, and ends with 0."""
+    script = tmp_path / "told.py"
+    script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+backward = train.backward
+def told(network, shards, c, step, *args):
+    if (step, os.environ["RANK"]) == (5, "1"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return backward(network, shards, c, step, *args)
+train.backward = told
+train.main(sys.argv[1:])""")
+    ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run([*ranked, *TINY, "--data", corpus, *FLAGS, "--out", tmp_path / "run"], check=True,
+                   capture_output=True, timeout=240)
+    assert evaluation.load_checkpoint(tmp_path / "run")["step"] == 6
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_batch_size(run, float64, tmp_path):
