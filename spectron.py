@@ -33,13 +33,12 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
 
 
 def equilibrate(M: Tensor, times: int, ns_steps: int) -> Tensor:
-    """The momentum M (..., p, q) with its rows scaled, so that those of its polar factor are about equal, and
-    every output neuron of A and every input feature of B moves.
+    """The momentum M (..., p, q) with its rows scaled: once to one length, so that no neuron of A and no
+    input feature of B is left behind, and twice so that also the rows of its polar factor are about equal.
 
     Ours, not the paper's; MuonEq-R and Aurora do it for dense weights. The polar factor of a square matrix
-    has unit rows. That of a tall one, as every factor is, has rows as uneven as M's. Scaling them before
-    Newton-Schulz leaves the singular values of its result near 1, and so the bound as it was. times = 2
-    corrects the scales once by the rows that come out. A row of zeros stays one.
+    has unit rows; that of a tall one, as every factor is, need not. Scaling rows before Newton-Schulz leaves
+    the singular values of its result near 1, and so the bound as it was. A row of zeros stays one.
     """
     M = F.normalize(M, dim=-1, eps=1e-19)
     for _ in range(times - 1):

@@ -76,13 +76,13 @@ def figure(records):
     fig = new_figure(9, 4.6)
     axes = fig.subplots(1, len(STEPS), sharey=True)
     for ax, step in zip(axes, STEPS):
-        for times, colour, label in zip(TIMES, COLOURS, ("as they are", "equilibrated", "corrected once")):
+        for times, colour in zip(TIMES, COLOURS):
             some = [r for r in records if (r["step"], r.get("times")) == (step, times)]
             places = [2.6 * KINDS.index(r["kind"]) + 1.3 * (r["factor"] == "B") + 0.3 * times for r in some]
             ax.vlines(places, [r["min"] for r in some], [r["max"] for r in some], color=colour, lw=1.8,
-                      label=label)
+                      label=f"--equilibrate {times}")
         ax.axhline(1, color="0.6", lw=0.8, zorder=0)
-        ax.set(title=f"step {step}", ylim=(0, None))
+        ax.set(xlabel=f"step {step}", ylim=(0, None))
         ax.set_xticks([2.6 * i + 0.95 for i in range(len(KINDS))],
                       [kind.removesuffix("_proj") for kind in KINDS], rotation=60)
     axes[0].set_ylabel("length of a row of O over their RMS:\nfrom the shortest to the longest")
@@ -111,8 +111,9 @@ def main(argv=None):
     write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
           f"seed 0; all four blocks.\n\n{markdown(head, rows)}\nsigma_A / sigma_B after the last step, "
           f"the least and the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
-    save(figure(records), where / "rows.png", "Orthogonalized momenta have rows of very different lengths, "
-         "until they are equilibrated", "Size nano; one bar a factor, A left and B right, over all blocks")
+    save(figure(records), where / "rows.png", "The rows of A of gate and up and of B of down are the uneven "
+         "ones; dividing once makes the others less even, and correcting once evens all",
+         "Size nano; two groups of bars for each matrix, A left and B right, over all blocks")
     print(f"{where}/rows.json, rows.md, rows.png")
 
 
