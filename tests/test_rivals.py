@@ -1,0 +1,186 @@
+"""The rival methods of baselines/, each against its definition, and all through train.py, eval.py and the
+tools."""
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from baselines.cola import CoLALinear
+from baselines.fira import Fira
+from baselines.galore import GaLore
+from conftest import TINY
+from launch import FLOAT64, torchrun
+from model import FactorizedLinear
+from tools import export, plot, sample
+
+METHODS = {"cola": [], "cola-spectron": ["optimizer=spectron", "init=spectral"], "galore": ["gap=2"],
+           "fira": ["gap=2"]}
+
+
+def flags(name):
+    args = METHODS[name]
+    return ["--method", name.removesuffix("-spectron"), *(["--method_args", *args] if args else [])]
+
+
+def weights(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)["model"]
+
+
+########################################
+#            All of them               #
+########################################
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_resumes_bit_for_bit_is_scored_sampled_and_exported(run, fails, capsys, name):
+    whole = run(*flags(name), "--steps", 6, out="whole")
+    out = run(*flags(name), "--steps", 6, "--stop_at", 3)
+    train.main(["--resume", "--out", str(out)])
+    assert all(torch.equal(w, weights(out)[key]) for key, w in weights(whole).items())
+    rows = plot.read_log(out)[1]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2 and all(row["dW"] > 0 < row["gauge"] for row in rows)
+    capsys.readouterr()
+    evaluation.main([str(out), "--device", "cpu"])
+    assert f"val_loss: {rows[-1]['val_loss']:.5f}"[:14] in capsys.readouterr().out
+    sample.main([str(out), "--tokens", "5", "--device", "cpu"])
+    pytest.importorskip("safetensors")
+    if name.startswith("cola"):
+        fails(export.main, [out, "--to", out / "hf"], "no matrix W")
+    else:
+        export.main([str(out), "--to", str(out / "hf")])
+
+
+def test_two_ranks_equal_one_process(run, float64, corpus, tmp_path):
+    """All methods in one pair of processes, one after the other."""
+    argvs = {name: [*flags(name), "--steps", 5, "--data", corpus] for name in METHODS}
+    more = "".join(f"train.main({[*TINY, *map(str, argv), '--out', str(tmp_path / ('two-' + name))]!r})\n"
+                   for name, argv in argvs.items())
+    once = """import functools, train, torch.distributed as dist
+train.join_ranks = functools.cache(train.join_ranks)
+end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+"""
+    torchrun(tmp_path, 2, ["--dry_run"], FLOAT64 + once, more + "end()\n")
+    for name, argv in argvs.items():
+        one, two = weights(run(*argv, out=name)), weights(tmp_path / f"two-{name}")
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-9, name
+
+
+@pytest.mark.parametrize("argv, fragments", [
+    (["--method", "galore", "--method_args", "gap=0"], ["gap=0", "at least 1"]),
+    (["--method", "galore", "--method_args", "rank=1.5"], ["rank=1.5", "whole number"]),
+    (["--method", "fira", "--method_args", "scale=big"], ["scale=big"]),
+    (["--method", "fira", "--method_args", "optimizer=x"], ["optimizer"]),
+    (["--method", "galore", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method galore"]),
+    (["--method", "cola", "--method_args", "activation=relu"], ["activation=silu or activation=identity"]),
+    (["--method", "cola", "--no-renormalize"], ["--no-renormalize does not apply"])])
+def test_arguments_that_make_no_sense_get_one_message(fails, argv, fragments):
+    fails(train.main, [*argv, "--dry_run"], *fragments)
+
+
+def test_a_rank_larger_than_a_matrix_is_one_message(corpus, fails, tmp_path):
+    fails(train.main, [*TINY, "--data", corpus, "--out", tmp_path / "x", "--steps", 1, "--method", "galore",
+                       "--method_args", "rank=999"], "rank=999 is larger", "rank=128 at most")
+
+
+########################################
+#                CoLA                  #
+########################################
+
+def test_the_product_of_colas_factors_starts_with_variance_1_over_m_plus_n():
+    layer = CoLALinear(512, 384, 128)
+    W = FactorizedLinear.product(layer).detach()
+    assert float(W.var()) * (512 + 384) == pytest.approx(1, rel=0.05)
+    spectral = CoLALinear(64, 48, 16, init="spectral")
+    assert torch.linalg.matrix_norm(spectral.A.detach(), ord=2).item() == pytest.approx(
+        torch.linalg.matrix_norm(spectral.B.detach(), ord=2).item(), rel=1e-4)
+
+
+def test_cola_with_the_identity_is_a_factorized_linear_in_value_and_gradients():
+    layer, x = CoLALinear(24, 40, 6, activation="identity").double(), torch.randn(5, 24, dtype=torch.float64)
+    plain = FactorizedLinear(24, 40, 6).double()
+    plain.load_state_dict({"A": layer.A, "B": layer.B})
+    for one in layer, plain:
+        one(x).square().sum().backward()
+    assert torch.allclose(layer(x), plain(x)) and torch.allclose(layer.A.grad, plain.A.grad)
+    assert torch.allclose(layer.B.grad, plain.B.grad)
+
+
+def test_cola_has_silu_between_its_factors():
+    layer, x = CoLALinear(24, 40, 6).double(), torch.randn(5, 24, dtype=torch.float64)
+    z = x @ layer.B
+    assert torch.allclose(layer(x), (z * torch.sigmoid(z)) @ layer.A.T)
+
+
+########################################
+#            GaLore and Fira           #
+########################################
+
+# ||d||, sum of d, d[0, 0] of d = W - W0 after steps 1 and 5, from the authors' classes. The rows: class,
+# shape, scale, weight decay, size of the gradients.
+ORACLE = {
+    (GaLore, 12, 8, 0.25, 0, 0.1): [.017308, -.021401, -.0014093, .047964, -.053656, -.0040957],
+    (GaLore, 12, 8, 1.0, 0, 0.1): [.069232, -.085602, -.0056373, .191855, -.214625, -.0163826],
+    (GaLore, 8, 12, 0.25, 0, 0.1): [.017288, -.020677, .0001541, .042935, -.029543, -.0040951],
+    (GaLore, 8, 12, 1.0, 0, 0.1): [.069152, -.082707, .0006168, .171739, -.118173, -.0163795],
+    (GaLore, 8, 8, 0.25, 0, 0.1): [.014129, .003742, -.0026634, .040396, .021132, -.0099741],
+    (Fira, 12, 8, 0.25, 0, 0.1): [.079718, -.070779, -.0087417, .147423, -.075975, -.0144569],
+    (Fira, 12, 8, 1.0, 0, 0.1): [.081426, -.103238, -.0085555, .204194, -.189178, -.0212672],
+    (Fira, 8, 12, 0.25, 0, 0.1): [.073934, -.060691, -.0114930, .128398, -.047928, -.0170223],
+    (Fira, 8, 12, 1.0, 0, 0.1): [.076340, -.079098, -.0012654, .178386, -.102583, -.0194721],
+    (Fira, 8, 8, 0.25, 0, 0.1): [.086760, .024457, -.0092641, .159154, .059480, -.0211722],
+    (GaLore, 12, 8, 0.25, 0.1, 0.1): [.0203042, -.0250347],
+    (GaLore, 12, 8, 0.25, 0, 1e-5): [.0041100, -.0020298, -.00048959, .0146169, -.0048769, -.00156212],
+    (Fira, 12, 8, 0.25, 0, 1e-5): [.0182071, -.0139865, -.00294340, .0357111, -.0060801, -.00519478]}
+
+
+@pytest.mark.parametrize("case", ORACLE)
+def test_galore_and_fira_make_the_authors_steps(case):
+    kind, m, n, scale, decay, size = case
+    start = torch.from_numpy(np.random.RandomState(0).standard_normal((m, n)).astype("f4"))
+    W, found = torch.nn.Parameter(start.clone()), []
+    optimizer = kind([W], 0.01, 4, scale, 10**9, weight_decay=decay)
+    for t in range(5):
+        W.grad = torch.from_numpy((size * np.random.RandomState(t + 1).standard_normal((m, n))).astype("f4"))
+        optimizer.step()
+        if t in (0, 4):
+            d = W.detach() - start
+            found += [d.norm().item(), d.sum().item(), d[0, 0].item()]
+    expected = ORACLE[case]
+    assert found[:len(expected)] == pytest.approx(expected, rel=2e-4, abs=2e-6)
+
+
+def rotated_adam(G, steps=5):
+    """The authors' Adam on a gradient in the basis of its own right singular vectors."""
+    _, _, Vh = torch.linalg.svd(G[0], full_matrices=False)
+    m = v = torch.zeros_like(G[0] @ Vh.T)
+    moved = 0
+    for t, g in enumerate(G[:steps]):
+        R = g @ Vh.T
+        m, v = 0.9 * m + 0.1 * R, 0.999 * v + 0.001 * R * R
+        moved = moved - 0.01 * (1 - 0.999**(t + 1))**.5 / (1 - 0.9**(t + 1)) * m / (v.sqrt() + 1e-6) @ Vh
+    return moved
+
+
+def test_with_full_rank_and_scale_1_galore_is_adam_in_a_rotated_basis():
+    G = [torch.randn(12, 8, dtype=torch.float64) for _ in range(5)]
+    W = torch.nn.Parameter(torch.zeros(12, 8, dtype=torch.float64))
+    optimizer = GaLore([W], 0.01, 8, 1.0, 10**9)
+    for g in G:
+        W.grad = g.clone()
+        optimizer.step()
+    assert torch.allclose(W.detach(), rotated_adam(G), atol=1e-6)
+
+
+def test_fira_without_its_residual_is_galore(monkeypatch):
+    monkeypatch.setattr(Fira, "residual", lambda *args: 0.0)
+    found = []
+    for kind in GaLore, Fira:
+        torch.manual_seed(0)
+        W = torch.nn.Parameter(torch.randn(12, 8))
+        optimizer = kind([W], 0.01, 4, gap=2)
+        for _ in range(5):
+            W.grad = torch.randn(12, 8)
+            optimizer.step()
+        found.append(W.detach())
+    assert torch.equal(*found)
