@@ -95,9 +95,14 @@ class FactorizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The two matrices X (m, k) and Y (n, k) of which W is the product X Y^T."""
+        return self.A, self.B
+
     def product(self) -> Tensor:
-        """W = A B^T (m, n), in float64: for export, never for training."""
-        return self.A.double() @ self.B.double().T
+        """W (m, n), in float64: for export, never for training."""
+        X, Y = self.factors()
+        return X.double() @ Y.double().T
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"

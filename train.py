@@ -444,8 +444,10 @@ class Spectra:
                                       if any(p is self.weights[0] for p in group["params"]))
 
     def factors(self):
+        layer = block_matrices(self.model)[self.name]
+        found = layer.factors() if isinstance(layer, FactorizedLinear) else [layer.weight]
         A, *B = (p.detach().to("cpu" if p.device.type == "mps" else p.device, copy=True).double()
-                 for p in self.weights)  # mps has no float64
+                 for p in found)  # mps has no float64
         return A, *(B or [torch.eye(A.size(1)).to(A)])
 
     @torch.no_grad()

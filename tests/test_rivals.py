@@ -1,6 +1,8 @@
 """The rival methods of baselines/, each against its definition, and all through train.py, eval.py and the
 tools."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,16 @@ import train
 from baselines.cola import CoLALinear
 from baselines.fira import Fira
 from baselines.galore import GaLore
+from baselines.relora import ReLoRALinear, before_step, envelope
+from baselines.sct import SCTLinear, StiefelAdamW, retracted
+from baselines.sltrain import SLTrainLinear
 from conftest import TINY
 from launch import FLOAT64, torchrun
 from model import FactorizedLinear
 from tools import export, plot, sample
 
 METHODS = {"cola": [], "cola-spectron": ["optimizer=spectron", "init=spectral"], "galore": ["gap=2"],
-           "fira": ["gap=2"]}
+           "fira": ["gap=2"], "sct": [], "sltrain": [], "relora": ["every=2"]}
 
 
 def flags(name):
@@ -39,7 +44,8 @@ def test_it_trains_resumes_bit_for_bit_is_scored_sampled_and_exported(run, fails
     train.main(["--resume", "--out", str(out)])
     assert all(torch.equal(w, weights(out)[key]) for key, w in weights(whole).items())
     rows = plot.read_log(out)[1]
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2 and all(row["dW"] > 0 < row["gauge"] for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2 and all(row["dW"] is not None for row in rows)
+    assert rows[-1]["dW"] > 0 < rows[-1]["gauge"]  # relora has steps of lr 0
     capsys.readouterr()
     evaluation.main([str(out), "--device", "cpu"])
     assert f"val_loss: {rows[-1]['val_loss']:.5f}"[:14] in capsys.readouterr().out
@@ -71,6 +77,9 @@ end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     (["--method", "galore", "--method_args", "rank=1.5"], ["rank=1.5", "whole number"]),
     (["--method", "fira", "--method_args", "scale=big"], ["scale=big"]),
     (["--method", "fira", "--method_args", "optimizer=x"], ["optimizer"]),
+    (["--method", "sct", "--method_args", "s_lr=0"], ["s_lr=0", "positive"]),
+    (["--method", "relora", "--method_args", "every=0"], ["every=0", "at least 2"]),
+    (["--method", "sltrain", "--method_args", "delta=2"], ["delta=2", "(0, 1]"]),
     (["--method", "galore", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method galore"]),
     (["--method", "cola", "--method_args", "activation=relu"], ["activation=silu or activation=identity"]),
     (["--method", "cola", "--no-renormalize"], ["--no-renormalize does not apply"])])
@@ -110,6 +119,102 @@ def test_cola_has_silu_between_its_factors():
     layer, x = CoLALinear(24, 40, 6).double(), torch.randn(5, 24, dtype=torch.float64)
     z = x @ layer.B
     assert torch.allclose(layer(x), (z * torch.sigmoid(z)) @ layer.A.T)
+
+
+########################################
+#            SCT and SLTrain           #
+########################################
+
+def sct_step(layer, **settings):
+    groups = [dict(params=[layer.A, layer.B]), dict(params=[layer.s])]
+    optimizer = StiefelAdamW(groups, **settings)
+    optimizer.step()
+
+
+def test_sct_starts_as_the_truncated_svd_and_its_columns_stay_orthonormal():
+    torch.manual_seed(0)
+    layer = SCTLinear(24, 40, 6)
+    torch.manual_seed(0)
+    plain = FactorizedLinear(24, 40, 6)
+    assert torch.allclose(layer.product(), plain.product(), atol=1e-6)
+    assert torch.equal(layer.s, layer.s.sort(descending=True).values)
+    for _ in range(5):
+        layer.zero_grad()
+        layer(torch.randn(9, 24)).square().sum().backward()
+        sct_step(layer, lr=0.03)
+        for p in layer.A, layer.B:
+            assert (p.T @ p - torch.eye(6)).abs().max() < 1e-6
+    x = torch.randn(3, 24)
+    assert torch.allclose(layer(x), x @ layer.product().float().T, atol=1e-5)
+
+
+def test_sct_stays_at_lr_0_and_weight_decay_alone_changes_s_alone():
+    layer = SCTLinear(24, 40, 6)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer(torch.randn(9, 24)).sum().backward()
+    sct_step(layer, lr=0.0)
+    assert all(torch.allclose(p, before[name], atol=1e-6) for name, p in layer.named_parameters())
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    sct_step(layer, lr=0.1, weight_decay=0.5)
+    assert all(torch.allclose(p, before[name] * (0.95 if name == "s" else 1), atol=1e-6)
+               for name, p in layer.named_parameters())
+
+
+def test_the_retraction_keeps_the_span_and_the_direction():
+    p = torch.randn(40, 6, dtype=torch.float64)
+    Q = retracted(p)
+    assert torch.allclose(Q @ (Q.T @ p), p) and (Q.T @ p).diagonal().min() > 0
+
+
+def test_sltrain_starts_as_its_sparse_part_and_its_gradient_is_the_dense_one_there():
+    torch.manual_seed(0)
+    layer = SLTrainLinear(30, 50, 4, 0.03, 32.0).double()
+    index = layer.index
+    assert len(index) == int(0.03 * 1500) == len(index.unique()) and 0 <= index.min() <= index.max() < 1500
+    S = torch.zeros(1500, dtype=torch.float64)
+    S[index] = layer.values.detach()
+    assert torch.equal(layer.weight().detach(), S.view(50, 30))
+    layer.A.data.normal_()
+    W = layer.weight().detach().requires_grad_()
+    x = torch.randn(7, 30, dtype=torch.float64)
+    (x @ W.T).square().sum().backward()
+    layer(x).square().sum().backward()
+    assert torch.allclose(layer.values.grad, W.grad.flatten()[index])
+    assert torch.allclose(layer.A.grad, 8.0 * W.grad @ layer.B)  # alpha / r
+
+
+########################################
+#                ReLoRA                #
+########################################
+
+def test_reloras_schedule_is_the_authors():
+    points = {0: 0, 250: .5, 500: 1, 2500: .976841, 4999: .886878, 5000: 0, 5050: .440989, 5099: .873159,
+              5100: .881979, 10000: 0, 10001: .005609, 10050: .280437, 10100: .560874, 15050: .116543,
+              19999: .1}
+    for step, expected in points.items():
+        assert envelope(step, 20000, 500, 5000, 100) == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_merge_leaves_the_output_and_empties_a_and_the_moments():
+    layer, x = ReLoRALinear(24, 40, 6, 32.0).double(), torch.randn(5, 24, dtype=torch.float64)
+    assert layer.W.std() > 0.1 and not layer.A.any()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    c, merges, drawn = SimpleNamespace(steps=11, seed=0, lr=0.01), [], layer.B.detach().clone()
+    for step in range(11):
+        y, W = layer(x).detach(), layer.W.clone()
+        before_step(layer, [optimizer], c, step, 3)
+        assert torch.allclose(layer(x), y, atol=1e-12)
+        if not torch.equal(W, layer.W):
+            merges.append(step)
+            assert not layer.A.any() and not torch.equal(layer.B, drawn)
+            assert all(not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+                       for state in optimizer.state.values())
+            drawn = layer.B.detach().clone()
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    assert merges == [4, 7, 10] and len(merges) == (11 - 1) // 3
 
 
 ########################################
