@@ -57,6 +57,7 @@ class Method:
     before_step: Callable | None = None  # (model, optimizers, c, step) -> True where parameters have left
     flops_per_token: Callable = Llama.flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
+    logged: Callable = lambda model: {}  # what else this method has for a record of the log
 
 
 def adamw(params, lr, c):
@@ -438,14 +439,10 @@ class Spectra:
     """
 
     def __init__(self, model, name: str, optimizers, probe: torch.Tensor):
-        self.model, self.name, self.probe, layer = model, name, probe, block_matrices(model)[name]
-        self.weights = [layer.A, layer.B] if isinstance(layer, FactorizedLinear) else [layer.weight]
-        self.state, self.group = next((o.state, group) for o in optimizers for group in o.param_groups
-                                      if any(p is self.weights[0] for p in group["params"]))
+        self.model, self.name, self.optimizers, self.probe = model, name, optimizers, probe
 
     def factors(self):
-        layer = block_matrices(self.model)[self.name]
-        found = layer.factors() if isinstance(layer, FactorizedLinear) else [layer.weight]
+        found = self.layer.factors() if isinstance(self.layer, FactorizedLinear) else [self.layer.weight]
         A, *B = (p.detach().to("cpu" if p.device.type == "mps" else p.device, copy=True).double()
                  for p in found)  # mps has no float64
         return A, *(B or [torch.eye(A.size(1)).to(A)])
@@ -453,8 +450,10 @@ class Spectra:
     @torch.no_grad()
     def before(self) -> None:
         """Keep the weights, and what the layer reads of the probe."""
-        self.old, inputs = self.factors(), []
-        hook = block_matrices(self.model)[self.name].register_forward_pre_hook(lambda _, x: inputs.extend(x))
+        # Since the last step a method may have put another layer here, or other parameters.
+        self.layer, inputs = block_matrices(self.model)[self.name], []
+        self.old = self.factors()
+        hook = self.layer.register_forward_pre_hook(lambda _, x: inputs.extend(x))
         self.model.hidden(self.probe)
         hook.remove()
         self.x = inputs[0].to(self.old[0].device).double()
@@ -466,12 +465,16 @@ class Spectra:
         dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
         dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
         sigma_A = sigma_B = rho = None
-        if len(self.weights) == 2:
-            sigma_A, sigma_B = (self.state[p]["sigma"] if "sigma" in self.state[p] else spectral_norm(old)
-                                for p, old in zip(self.weights, self.old))
-            rho = self.state[self.weights[0]].get("rho")
+        low_rank = isinstance(self.layer, FactorizedLinear)
+        weights = [self.layer.A, self.layer.B] if low_rank else [self.layer.weight]
+        state, lr = next((o.state, group["lr"]) for o in self.optimizers for group in o.param_groups
+                         if any(p is weights[0] for p in group["params"]))
+        if low_rank:
+            sigma_A, sigma_B = (state[p]["sigma"] if "sigma" in state[p] else spectral_norm(old)
+                                for p, old in zip(weights, self.old))
+            rho = state[weights[0]].get("rho")
         norms = {"dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(), "sigma_A": sigma_A,
-                 "sigma_B": sigma_B, "rho": rho, "gauge": dW / self.group["lr"]}
+                 "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
         return {key: finite(value) for key, value in norms.items()}
 
 
@@ -672,7 +675,7 @@ def run(c, corpus, checkpoint, stop: int, caught, log, device, rank: int, ranks:
             shown = step, seconds
             record = {"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
                       "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": scores.get("val_loss"),
-                      "lr": fraction * c.lr, **spectra.after()}
+                      "lr": fraction * c.lr, **spectra.after(), **method.logged(model)}
             log(record)
             print(line(record, c, speed, peak and method.flops_per_token(model) * speed / peak / ranks),
                   flush=True)

@@ -15,13 +15,15 @@ from baselines.galore import GaLore
 from baselines.relora import ReLoRALinear, before_step, envelope
 from baselines.sct import SCTLinear, StiefelAdamW, retracted
 from baselines.sltrain import SLTrainLinear
+from baselines.tsvd import TSVDLinear, cut, rank_for
 from conftest import TINY
 from launch import FLOAT64, torchrun
 from model import FactorizedLinear
 from tools import export, plot, sample
 
 METHODS = {"cola": [], "cola-spectron": ["optimizer=spectron", "init=spectral"], "galore": ["gap=2"],
-           "fira": ["gap=2"], "sct": [], "sltrain": [], "relora": ["every=2"]}
+           "fira": ["gap=2"], "sct": [], "sltrain": [], "relora": ["every=2"],
+           "tsvd": ["energy=0.9", "every=2"]}
 
 
 def flags(name):
@@ -78,6 +80,8 @@ end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     (["--method", "fira", "--method_args", "scale=big"], ["scale=big"]),
     (["--method", "fira", "--method_args", "optimizer=x"], ["optimizer"]),
     (["--method", "sct", "--method_args", "s_lr=0"], ["s_lr=0", "positive"]),
+    (["--method", "tsvd", "--method_args", "every=0"], ["every=0", "at least 1"]),
+    (["--method", "tsvd", "--method_args", "energy=1.1"], ["energy=1.1", "(0, 1]"]),
     (["--method", "relora", "--method_args", "every=0"], ["every=0", "at least 2"]),
     (["--method", "sltrain", "--method_args", "delta=2"], ["delta=2", "(0, 1]"]),
     (["--method", "galore", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method galore"]),
@@ -182,6 +186,49 @@ def test_sltrain_starts_as_its_sparse_part_and_its_gradient_is_the_dense_one_the
     layer(x).square().sum().backward()
     assert torch.allclose(layer.values.grad, W.grad.flatten()[index])
     assert torch.allclose(layer.A.grad, 8.0 * W.grad @ layer.B)  # alpha / r
+
+
+def test_with_all_of_the_energy_tsvd_is_sct_exactly(run):
+    one = run("--method", "sct", "--steps", 6, out="sct")
+    two = run("--method", "tsvd", "--method_args", "energy=1", "every=1", "--steps", 6, out="tsvd")
+    assert all(torch.equal(w, weights(two)[name]) for name, w in weights(one).items())
+    assert [row["loss"] for row in plot.read_log(one)[1]] == [row["loss"] for row in plot.read_log(two)[1]]
+
+
+def test_a_cut_changes_the_function_by_no_more_than_the_energy_it_discards_and_keeps_adams_state():
+    layer, x = TSVDLinear(24, 40, 8).double(), torch.randn(5, 24, dtype=torch.float64)
+    optimizer = StiefelAdamW([dict(params=[layer.A, layer.B]), dict(params=[layer.s])], lr=0.01)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    s, W, momentum = layer.s.detach(), layer.product().detach(), optimizer.state[layer.A]["exp_avg"].clone()
+    lost = s.abs().sort().values[:3]
+    cut(layer, 5, optimizer)
+    assert torch.linalg.matrix_norm(W - layer.product()).item() == pytest.approx(lost.norm().item())
+    assert optimizer.state[layer.A]["exp_avg"].shape == (40, 5) and len(optimizer.state) == 3
+    assert all(any(torch.equal(column, old) for old in momentum.T)
+               for column in optimizer.state[layer.A]["exp_avg"].T)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in layer.parameters()}
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_the_rank_for_an_energy():
+    s = torch.tensor([3.0, -4.0, 0.1, 0.0])
+    assert [rank_for(s, energy, 1) for energy in (0.5, 0.65, 0.9, 0.9999, 1.0)] == [2, 2, 2, 3, 3]
+    assert rank_for(s, 0.5, 3) == 3 and rank_for(s, 0.5, 9) == 4  # at most half at once; least
+
+
+def test_the_rank_falls_and_is_logged_and_drawn(run, tmp_path):
+    out = run("--method", "tsvd", "--method_args", "energy=0.5", "every=1", "--steps", 8)
+    ranks = [row["rank"] for row in plot.read_log(out)[1]]
+    assert ranks == sorted(ranks, reverse=True) and ranks[-1] < 0.6 * ranks[0]
+    flops = [row["flops"] for row in plot.read_log(out)[1]]
+    assert flops[-1] - flops[-2] < flops[0]
+    plot.main([str(out), "--y", "rank", "-o", str(tmp_path / "rank.png")])
+    model = evaluation.load_run(out)[0]
+    assert model.blocks[0].ffn.up_proj.rank == model.blocks[0].ffn.up_proj.s.numel()
 
 
 ########################################

@@ -13,7 +13,7 @@ from data import Parser, UserError, command, replacing
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
           "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "dy": r"$|\Delta y|_{rms}$",
-          "gauge": r"$\|\Delta W\|_2\,/\,$lr"}
+          "gauge": r"$\|\Delta W\|_2\,/\,$lr", "rank": "mean rank of the layers"}
 NORMS = "dW", "W", "dy", "gauge"  # of one matrix
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
@@ -114,7 +114,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="directories of runs, or their log.jsonl")
     parser.add_argument("-o", "--out", default="fig.png", help="picture to write: .png, .pdf, .svg (fig.png)")
     parser.add_argument("--x", choices=["step", "tokens", "flops", "seconds"], default="step")
-    parser.add_argument("--y", choices=["val_loss", "loss", *NORMS], default="val_loss")
+    parser.add_argument("--y", choices=["val_loss", "loss", *NORMS, "rank"], default="val_loss")
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: expected a name that ends in .png, .pdf or .svg")
