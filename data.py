@@ -123,10 +123,14 @@ def rank_and_ranks() -> tuple[int, int]:
 def replacing(path, mode: str = "wb"):
     """An open file that takes the place of `path` once it is whole and on the disk; what was there stays
     until then, and an error removes what was written. OSError names the path."""
-    path = Path(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if str(path).startswith("/dev/") or os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **text) as file:  # a device or a pipe has no place to be taken
+            yield file
+        return
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     part = path.with_name(f"{path.name}.part")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
         with open(part, mode, **text) as file:
             yield file
             file.flush()

@@ -19,7 +19,7 @@ LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renorm
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
          "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
          "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
-         "lora-muon": (PINK, "P", "-")}
+         "lora-muon": (PINK, "P", "-"), "self-guided-flops": (RED, "X", "--")}
 
 
 def look(arm: str) -> dict:

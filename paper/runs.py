@@ -64,6 +64,8 @@ ARMS = {
     "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
     "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
+    "self-guided-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
+                             "optimizer=muon", 0.02, "flops", "spectron"),
     "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
     "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
     "spectron-ffn": Arm("Spectron", "--factorize ffn"),
@@ -134,11 +136,14 @@ def steps_of(name: str, scale: Scale) -> int:
 
 
 def flops_per_token(name: str, scale: Scale) -> float:
-    """Of the arm's first step; no model is made."""
+    """Of the arm's first step; of a guided run, whose guide is there for half of the steps, the mean. No
+    model is made."""
     c = train.resolve(train.parse(flags_of(ARMS[name], scale)))
     method = train.find_method(c.method, c.method_args)
     with torch.device("meta"):
-        return method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
+        first = method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
+        plain = Llama(LlamaConfig(**c.model)).flops_per_token() if c.method == "self-guided" else first
+    return (first + plain) / 2
 
 
 def seconds_per_step(name: str, scale: Scale) -> float:

@@ -86,6 +86,23 @@ def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
         open_data(tmp_path / "bad", 16)
 
 
+def test_a_file_is_replaced_when_it_is_whole_also_behind_a_link_and_a_device_is_written_to(tmp_path, capfd):
+    path, link = tmp_path / "a", tmp_path / "link"
+    path.write_text("before")
+    link.symlink_to(path)
+    with pytest.raises(ZeroDivisionError), data.replacing(link, "w") as file:
+        file.write("half")
+        1 / 0
+    assert path.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["a", "link"]
+    with data.replacing(link, "w") as file:
+        file.write("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and link.is_symlink() and sorted(os.listdir(tmp_path)) == ["a", "link"]
+    with data.replacing("/dev/stdout", "w") as file:
+        file.write("said")
+    assert capfd.readouterr().out == "said"
+
+
 def test_no_message_proposes_to_delete_and_paths_to_type_are_quoted(tmp_path, monkeypatch):
     """A directory with somebody's texts, nanoGPT's headerless train.bin, `.`, a name with a space."""
     texts = tmp_path / "my texts; rm -r x"
