@@ -154,7 +154,7 @@ def loss_over_lr(found, paper: dict, scale):
         if o.lr:
             ax.plot(o.lr, o.grid[o.lr], ls="", marker="o", ms=13, mfc="none", color=style["color"])
     ax.axhline(top, color="0.6", lw=0.8)
-    for lr in 0.001, 0.01:
+    for lr in (0.001, 0.01) if any(o.arm == "adamw" for o in found) else ():  # Figure 12's
         ax.axvline(lr, color="0.5", lw=1, ls="--")
         ax.text(lr, 0.02, f" the paper's {lr:g}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=8,
                 color="0.35")

@@ -188,8 +188,8 @@ EXPERIMENTS = {
         "Spectron and about the size of an entry's step for AdamW: the widths compare, not the places.",
         single=("dense-adamw",), pairs=guided_with_muon),
     "equilibrated": Experiment(
-        "Equilibrated Spectron, a method of our own",
-        ("spectron", "equilibrated", "equilibrated-2", "orthogonalize", "equilibrated-muon", "lora-muon"),
+        "Equilibrated Spectron, a method of our own, ends lower and bears higher learning rates",
+        ("spectron", "equilibrated"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
