@@ -16,7 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class Arm:
     steps: str = "same"  # or "flops", "time": as many as cost what `twin` costs
     twin: str = ""
     size: str = ""  # where it is not that of the scale
+    swept: bool = True  # over learning rates; otherwise it has this one
 
 
 ARMS = {
@@ -79,6 +80,12 @@ for _size in [size for ladder in LADDERS.values() for size in ladder if size != 
     ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
     ARMS[f"dense@{_size}"] = Arm(f"dense {_size}", "--method dense", 0.02, "flops", f"spectron@{_size}",
                                  _size)
+ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of embedding, head and norms; all other runs have the third
+ADAM_ARMS = {"spectron": 0.1, "equilibrated": 0.2, "orthogonalize": 0.02, "dense": 0.05, "adamw": 1e-3}
+for _name, _lr in ADAM_ARMS.items():
+    for _adam_lr in (x for x in ADAM_LRS if x != 3e-3):
+        ARMS[f"{_name}-adam{_adam_lr:g}"] = replace(ARMS[_name], lr=_lr, swept=False, flags=(
+            f"{ARMS[_name].flags} --adam_lr {_adam_lr:g}"))
 
 
 ########################################
@@ -326,6 +333,8 @@ def score(run: Run, scale: Scale, tasks: tuple) -> None:
 
 def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
     """The learning rates that an arm starts from."""
+    if not ARMS[name].swept:
+        return [ARMS[name].lr]
     count = min(FEW, scale.lrs) if few else scale.lrs
     start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (count - 1) // 2
     return SERIES[start:start + count]
@@ -340,7 +349,7 @@ def tried(name: str, scale: Scale, few: bool = False) -> dict[float, float | Non
     found = {}
     for lr in lrs_of(name, scale, few):
         found |= loss(lr)
-    for _ in range(WIDER):
+    for _ in range(WIDER if ARMS[name].swept else 0):
         found = dict(sorted((found | (loss(lr) if (lr := next_lr(found)) else {})).items()))
     return found
 
@@ -371,7 +380,8 @@ def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> 
     for some in others, timed:  # these wait for the speed of their twins
         make_all(first + [Run(name, lr) for name in some for lr in lrs_of(name, scale, few)], scale)
     for _ in range(WIDER):
-        make_all([Run(name, lr) for name in names if (lr := next_lr(tried(name, scale, few)))], scale)
+        make_all([Run(name, lr) for name in names if ARMS[name].swept
+                  and (lr := next_lr(tried(name, scale, few)))], scale)
     make_all([Run(name, best(name), seed) for name in names if name not in single and best(name)
               for seed in range(scale.seeds)], scale)
 
