@@ -49,6 +49,7 @@ class Arm:
     twin: str = ""
     size: str = ""  # where it is not that of the scale
     swept: bool = True  # over learning rates; otherwise it has this one
+    budget: float = 0.0  # executed FLOPs, which then decide the steps
 
 
 ARMS = {
@@ -75,7 +76,7 @@ ARMS = {
     "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
     "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
 }
-LADDERS = {"nano": list(NANO_SIZES), "paper": ["134M", "500M", "780M"]}
+LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for _size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
     ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
     ARMS[f"dense@{_size}"] = Arm(f"dense {_size}", "--method dense", 0.02, "flops", f"spectron@{_size}",
@@ -131,6 +132,8 @@ def steps_of(name: str, scale: Scale) -> int:
     """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs; in time, what
     was decided with its first run."""
     arm = ARMS[name]
+    if arm.budget:
+        return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
     dense = "--method dense" in arm.flags
     steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs

@@ -1,0 +1,97 @@
+"""The arithmetic of the scaling laws against surfaces whose law is known, and against published fits."""
+
+import csv
+import hashlib
+import os
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from paper import isoflop
+from paper.scaling import (CHINCHILLA, Law, Points, bootstrap, design, fit_law, interval, power_law,
+                           profiles, simulate, without_each)
+
+TRUE = Law(**CHINCHILLA)
+BUDGETS = [10.0**e for e in range(17, 22)]
+
+
+def around_the_optimum(law, width, count=15, centre=1.0):
+    """Runs without noise at each budget, sizes from 1 / width to width times the best one."""
+    grid = centre * np.exp(np.linspace(-np.log(width), np.log(width), count))
+    return design(BUDGETS, [law.optimum(C)[0] * grid for C in BUDGETS], law)
+
+
+@pytest.mark.parametrize("width,off", [(2, -0.327), (4, -1.301), (8, -2.903), (16, -5.100)])
+def test_the_bias_of_the_parabolas_on_chinchillas_surface(width, off):
+    """Of D_opt at 1e24 FLOPs, in percent; the exponent is exact (Czech et al. 2026, re-derived)."""
+    found = profiles(around_the_optimum(TRUE, width), BUDGETS)
+    exponent, factor = power_law(BUDGETS, [C / 6 / p.N for C, p in zip(BUDGETS, found)])
+    assert all(p.inside for p in found)
+    assert exponent == pytest.approx(TRUE.alpha / (TRUE.alpha + TRUE.beta), abs=1e-9)
+    assert 100 * (factor * 1e24**exponent / TRUE.optimum(1e24)[1] - 1) == pytest.approx(off, abs=5e-4)
+
+
+@pytest.mark.parametrize("law", [TRUE, Law(1.0, 30.0, 900.0, 0.25, 0.45), Law(0.3, 2000.0, 50.0, 0.6, 0.2)])
+def test_points_of_a_known_surface_give_back_its_law(law):
+    found = fit_law(around_the_optimum(law, 8))
+    assert [found.E, found.A, found.B, found.alpha, found.beta] == pytest.approx(
+        [law.E, law.A, law.B, law.alpha, law.beta], rel=1e-6)
+    assert not found.at_bounds()
+
+
+def test_the_optimum_is_one():
+    """Nothing on the line 6 N D = C is lower."""
+    N, D = TRUE.optimum(1e20)
+    assert 6 * N * D == pytest.approx(1e20)
+    assert all(TRUE(N, D) < TRUE(N * x, D / x) for x in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_a_minimum_outside_its_grid_is_said_and_left_out():
+    low = design(BUDGETS[:1], [TRUE.optimum(BUDGETS[0])[0] * np.geomspace(20, 90, 7)], TRUE)
+    rest = around_the_optimum(TRUE, 4)
+    kept = rest[rest.C > BUDGETS[0]]
+    both = Points(*(np.concatenate(pair) for pair in zip(
+        (low.N, low.D, low.C, low.L), (kept.N, kept.D, kept.C, kept.L))))
+    found = profiles(both, BUDGETS)
+    assert [p.inside for p in found] == [False, True, True, True, True]
+
+
+def test_a_term_that_is_not_there_ends_at_a_bound():
+    """Without an irreducible loss E falls to the edge of the search."""
+    assert "E" in fit_law(around_the_optimum(Law(1e-9, 406.4, 410.7, 0.34, 0.28), 8), steps=400).at_bounds()
+
+
+def test_the_bootstrap_holds_the_truth_and_knows_the_noise():
+    clean, generator = around_the_optimum(TRUE, 4, 9), np.random.default_rng(0)
+    noisy = Points(clean.N, clean.D, clean.C, clean.L + 0.01 * generator.standard_normal(len(clean)))
+    second, third = bootstrap(noisy, BUDGETS, 200)
+    for values in second, [law.exponent for law in third]:
+        low, high = interval(values)
+        assert low < TRUE.exponent < high and 0.005 < high - low < 0.3
+    assert len(without_each(noisy, BUDGETS)) == 5
+    assert all(abs(a - TRUE.exponent) < 0.1 and abs(b - TRUE.exponent) < 0.1
+               for _, a, b in without_each(noisy, BUDGETS))
+
+
+def test_the_papers_design_cannot_tell_its_exponent_from_chinchillas():
+    """With 0.01 nats of noise one standard error is as large as what lies between 0.479 and 0.49."""
+    spread = np.nanstd(simulate(isoflop.papers_design(), isoflop.PAPER_BUDGETS, 0.01, 100), 0)
+    assert (spread > 0.011).all() and (spread < 0.02).all()
+
+
+def test_the_public_chinchilla_points_give_the_published_fit():
+    """Needs data/svg_extracted_data.csv of epoch-research/analyzing-chinchilla, which has no licence."""
+    path = os.environ.get("CHINCHILLA_CSV", ROOT / "data/svg_extracted_data.csv")
+    if not os.path.isfile(path):
+        pytest.skip("CHINCHILLA_CSV does not name the 245 points; they have no licence, so they are not here")
+    with open(path, "rb") as file:
+        assert hashlib.sha256(file.read()).hexdigest().startswith("193478df4e90f040")
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    N, C, L = (np.array([float(row[key]) for row in rows]) for key in ("Model Size", "Training FLOP", "loss"))
+    kept = np.argsort(L)[:-5]  # the five largest are left out, as by those who published the fit
+    law = fit_law(Points(N, C / (6 * N), C, L)[kept])
+    assert law.huber <= 0.0010183
+    assert [law.alpha, law.beta] == pytest.approx([0.34731, 0.36718], abs=2e-3)
+    assert law.E == pytest.approx(1.81724, abs=1e-3)
