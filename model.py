@@ -33,12 +33,13 @@ SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_he
     ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12),
     ("220M", 896, 16, 14), ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24),
     ("835M", 1536, 26, 24), ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
-# For laptops, on bytes: nano, and its neighbours under their number of parameters with dense weights.
+# For laptops, on bytes: nano, its neighbours under their number of parameters with dense weights, and for the
+# scaling laws two layers of many widths.
 NANO_SIZES = {name: LlamaConfig(dim, n_layers, n_heads, vocab_size=320, seq_len=256)
               for name, dim, n_layers, n_heads in [
-    ("nano-0.05M", 32, 1, 1), ("nano-0.08M", 32, 2, 1), ("nano-0.11M", 64, 1, 1), ("nano-0.17M", 64, 2, 1),
-    ("nano-0.28M", 96, 2, 2), ("nano-0.6M", 128, 2, 2), ("nano-0.87M", 128, 3, 2), ("nano-1.5M", 192, 3, 3),
-    ("nano-2.3M", 224, 3, 4), ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6)]}
+    ("nano-0.6M", 128, 2, 2), ("nano-1.5M", 192, 3, 3), ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6),
+    *((f"nano-2x{dim}", dim, 2, math.ceil(dim / 32)) for dim in (8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192,
+                                                                  256, 320, 384))]}
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
 SIZES |= NANO_SIZES | {alias: SIZES[name] for alias, name in ALIASES.items()}
 

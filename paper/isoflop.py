@@ -1,26 +1,42 @@
-"""The nano ladder of Section 6: which runs there are, and how they are made.
+"""Sections 6 and D, at nano: which runs there are, what they came to, and what was fitted to them.
 
-At each budget of executed FLOPs both kinds of model, low-rank under Spectron and dense under Muon, are
-trained at six sizes or more around the best one, each for as many steps as the budget pays for and with a
-schedule of that length. The paper holds 6 N D constant instead; that leaves out attention, which is 4% to 18%
-of a nano model and not the same for the two kinds.
+At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
+more around the best one, each for as many steps as the budget pays for and with a schedule of that length.
+A budget is of executed FLOPs. The paper's 6 N D leaves out attention, which is 4% to 18% of a nano model and
+not the same for the two kinds. paper.scaling has the fits.
 """
 
+import csv
+import math
+import statistics
 from dataclasses import replace
+from pathlib import Path
 
-from model import NANO_SIZES, count_parameters
-from paper import runs
-from paper.runs import ARMS, Arm, Run, Scale, final_loss, log_of
+import numpy as np
+import torch
 
-BUDGETS = (2.5e11, 8e11, 2.5e12, 8e12)
-SEEDED, SEEDS = 8e11, 3  # the budget at which the noise is measured
-CHECKED = {"spectron": ("nano-0.11M", "nano-0.6M"), "dense": ("nano-0.11M", "nano-0.6M")}  # and its sizes
-KINDS = {"spectron": Arm("Spectron, low-rank", "", 0.1, swept=False),
-         "dense": Arm("Muon, dense", "--method dense", 0.05, swept=False)}
-CENTRES = {"spectron": 0.09e6, "dense": 0.14e6}  # parameters, at the first budget
+from data import replacing
+from model import NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
+from paper import draw, runs, scaling
+from paper.runs import ARMS, RESULTS, Arm, Run, Scale, final_loss, log_of
+from paper.scaling import Law, Points
+from tools.plot import read_log
+
+BUDGETS = (1.5e11, 5e11, 1.5e12, 5e12)
+SEEDED, SEEDS = 5e11, 3  # the budget at which the noise is measured
+CHECKED, TIMES = ("nano-2x32", "nano-2x96"), (0.5, 2)  # its sizes that see other learning rates
+KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.03, swept=False),
+         "dense": Arm("dense, Muon", "--method dense", 0.02, swept=False)}
+CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
+SIZES_HERE = [size for size in NANO_SIZES if size.startswith("nano-2x")]
 LEAST = 6  # sizes at a budget
-LADDER = Scale({}, "nano", "isoflop", None, 2048, "data/stdlib", 1, SEEDS)
+LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
+PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's, the spacing is assumed
 
+
+########################################
+#               The runs               #
+########################################
 
 def arm(kind: str, size: str, budget: float) -> str:
     """Its name, under which paper.runs then knows it."""
@@ -41,7 +57,7 @@ def parameters(kind: str, size: str) -> int:
 
 def losses(kind: str, budget: float) -> dict:
     """size -> final loss of seed 0, for the sizes that were run, in order; None where it diverged."""
-    logs = {size: log_of(run(kind, size, budget), LADDER) for size in NANO_SIZES}
+    logs = {size: log_of(run(kind, size, budget), LADDER) for size in SIZES_HERE}
     return {size: final_loss(log) for size, log in logs.items() if log.is_file()}
 
 
@@ -57,13 +73,13 @@ def sizes(kind: str, index: int) -> list[str]:
     if index:
         growth = (BUDGETS[index] / BUDGETS[index - 1]) ** 0.5
         centre = parameters(kind, best(kind, BUDGETS[index - 1])) * growth
-    distance = {size: max(n / centre, centre / n) for size in NANO_SIZES for n in [parameters(kind, size)]}
-    return sorted(NANO_SIZES, key=distance.get)[:LEAST]
+    distance = {size: max(n / centre, centre / n) for size in SIZES_HERE for n in [parameters(kind, size)]}
+    return sorted(SIZES_HERE, key=distance.get)[:LEAST]
 
 
 def wider(kind: str, budget: float) -> list[str]:
     """The next size where the best is the last or the last but one on its side."""
-    found, ladder = list(losses(kind, budget)), list(NANO_SIZES)
+    found, ladder = list(losses(kind, budget)), SIZES_HERE
     at, lowest, highest = found.index(best(kind, budget)), ladder.index(found[0]), ladder.index(found[-1])
     below, above = at < 2 and lowest > 0, len(found) - at <= 2 and highest < len(ladder) - 1
     return [ladder[lowest - 1]] * below + [ladder[highest + 1]] * above
@@ -78,5 +94,111 @@ def make() -> None:
             runs.make_all([run(kind, size, budget) for kind in KINDS for size in wider(kind, budget)], LADDER)
     runs.make_all([run(kind, size, SEEDED, seed) for kind in KINDS for size in losses(kind, SEEDED)
                    for seed in range(1, SEEDS)]
-                  + [run(kind, size, SEEDED, 0, times) for kind in KINDS for size in CHECKED[kind]
-                     for times in (0.5, 2)], LADDER)
+                  + [run(kind, size, SEEDED, 0, times) for kind in KINDS for size in CHECKED
+                     for times in TIMES], LADDER)
+
+
+########################################
+#               Planning               #
+########################################
+
+def papers_sizes(budget: float) -> list[str]:
+    """39 runs: ten of the twelve sizes of Table 5, without two that have a near twin, and without the
+    smallest at the largest budget, so that the tokens are the paper's 250M to 90B. Which ones it ran it does
+    not say."""
+    listed = [size for size in SIZES if size[0].isdigit() and size not in ("150M", "835M")]
+    return listed[1:] if budget > 3e19 else listed
+
+
+def papers_design() -> Points:
+    """The paper's runs under its own law."""
+    sizes = [[cost(config_of(size))["total"] for size in papers_sizes(C)] for C in PAPER_BUDGETS]
+    return scaling.design(PAPER_BUDGETS, sizes, Law(**scaling.PAPER))
+
+
+def config_of(size: str, kind: str = "spectron") -> LlamaConfig:
+    c = SIZES[size] if size in NANO_SIZES else replace(SIZES[size], vocab_size=32000)
+    return replace(c, rank_ratio=None) if kind == "dense" else c
+
+
+def cost(c: LlamaConfig) -> dict:
+    """Parameters, total and without embedding and head, and executed FLOPs of a token."""
+    total = count_parameters(c)
+    with torch.device("meta"):
+        return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": Llama(c).flops_per_token()}
+
+
+def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
+    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second.
+    count: N with (total) or without (blocks) embedding and head; flops: 6nd or executed."""
+    nano = scale == "nano"
+    batch, rows, spent = LADDER.tokens_per_step if nano else 2**20, [], 0.0
+    for i, budget in enumerate(BUDGETS if nano else PAPER_BUDGETS):
+        planned = losses(kind, budget) or sizes(kind, i) if nano else papers_sizes(budget)
+        for size in sorted(planned, key=list(SIZES).index):
+            c = cost(config_of(size, kind))
+            per_token = c["flops"] if flops == "executed" else 6 * c[count]
+            steps = max(1, round(budget / per_token / batch))
+            spent += steps * batch * c["flops"]
+            rows.append([f"{budget:.3g}", size, f"{c[count] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
+                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c[count]:.3g}"])
+    head = ["budget", "size", f"N ({count})", "tokens", "steps", "tokens a step", "tokens per parameter"]
+    return (markdown(head, rows) + f"\n{len(rows)} runs, {spent:.2e} executed FLOPs, {spent / rate / 3600:.1f} "
+            f"hours at {rate:.2g} FLOPs a second.\n")
+
+
+########################################
+#         What the runs came to        #
+########################################
+
+def rows_of(kind: str) -> list[dict]:
+    """Every run of a kind: what it was, what it cost, and what it ended at (None: it diverged)."""
+    found = []
+    for log in sorted(runs.directory(LADDER).glob(f"{kind}-*.jsonl")):
+        header, records = read_log(log)
+        c, last = header["config"], records[-1]
+        parameters_ = cost(config_of(c["size"], kind))
+        budget = min(BUDGETS, key=lambda C: abs(math.log(last["flops"] / C)))
+        found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"], "seed": c["seed"],
+                      "total": parameters_["total"], "blocks": parameters_["blocks"], "steps": c["steps"],
+                      "tokens": last["tokens"], "executed": last["flops"], "loss": final_loss(log)})
+    return found
+
+
+def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -> Points:
+    """Those at the kind's own learning rate."""
+    kept = [r for r in rows if r["lr"] == KINDS[r["kind"]].lr and r["loss"] is not None]
+    N, D, executed, L = (np.array([r[key] for r in kept], float)
+                         for key in (count, "tokens", "executed", "loss"))
+    return Points(N, D, executed if flops == "executed" else 6 * N * D, L)
+
+
+def noise(rows: list[dict]) -> float:
+    """The standard deviation between seeds, pooled over the sizes that have several."""
+    groups = {}
+    for r in rows:
+        if r["budget"] == SEEDED and r["lr"] == KINDS[r["kind"]].lr:
+            groups.setdefault(r["size"], []).append(r["loss"])
+    variances = [statistics.variance(group) for group in groups.values() if len(group) > 1]
+    return statistics.mean(variances) ** 0.5 if variances else math.nan
+
+
+def lowest(points: Points, budgets) -> np.ndarray:
+    """The loss at the minimum of each budget's parabola; nan where it has none inside its grid."""
+    return np.array([p.L if p.inside else np.nan for p in scaling.profiles(points, budgets)])
+
+
+def gaps(low: Points, dense: Points, budgets, sigmas, times: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """How much higher the best dense model ends than the best low-rank one at each budget, and the 95%
+    interval (2, budgets) from fits to losses that have the seeds' noise added once more."""
+    generator = np.random.default_rng(0)
+
+    def noisy(points, sigma):
+        return Points(points.N, points.D, points.C, points.L + sigma * generator.standard_normal(len(points)))
+    drawn = [lowest(noisy(dense, sigmas[1]), budgets) - lowest(noisy(low, sigmas[0]), budgets)
+             for _ in range(times)]
+    return lowest(dense, budgets) - lowest(low, budgets), np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
