@@ -6,25 +6,23 @@ A budget is of executed FLOPs. The paper's 6 N D leaves out attention, which is 
 not the same for the two kinds. paper.scaling has the fits.
 """
 
-import csv
 import math
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import replacing
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
-from paper import draw, runs, scaling
-from paper.runs import ARMS, RESULTS, Arm, Run, Scale, final_loss, log_of
+from paper import runs, scaling
+from paper.runs import ARMS, Arm, Run, Scale, final_loss, log_of
 from paper.scaling import Law, Points
+from paper.tables import markdown
 from tools.plot import read_log
 
 BUDGETS = (1.5e11, 5e11, 1.5e12, 5e12)
-SEEDED, SEEDS = 5e11, 3  # the budget at which the noise is measured
-CHECKED, TIMES = ("nano-2x32", "nano-2x96"), (0.5, 2)  # its sizes that see other learning rates
+SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
+CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 5e11, (0.5, 2)  # sizes that see other learning rates
 KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.03, swept=False),
          "dense": Arm("dense, Muon", "--method dense", 0.02, swept=False)}
 CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
@@ -67,13 +65,12 @@ def best(kind: str, budget: float) -> str:
 
 
 def sizes(kind: str, index: int) -> list[str]:
-    """Those that a budget starts from: the nearest ones to the best of the budget before, which is taken to
-    grow with the root of the budget."""
-    centre = CENTRES[kind]
-    if index:
-        growth = (BUDGETS[index] / BUDGETS[index - 1]) ** 0.5
-        centre = parameters(kind, best(kind, BUDGETS[index - 1])) * growth
-    distance = {size: max(n / centre, centre / n) for size in SIZES_HERE for n in [parameters(kind, size)]}
+    """Those that a budget starts from: the nearest ones to the best of the budget before, or to the centre of
+    the first budget. The best size is taken to grow with the root of the budget."""
+    before = index - 1 if index and any(losses(kind, BUDGETS[index - 1]).values()) else 0
+    known = parameters(kind, best(kind, BUDGETS[before])) if index > before else CENTRES[kind]
+    centre = known * (BUDGETS[index] / BUDGETS[before]) ** 0.5
+    distance = {size: abs(math.log(parameters(kind, size) / centre)) for size in SIZES_HERE}
     return sorted(SIZES_HERE, key=distance.get)[:LEAST]
 
 
@@ -94,7 +91,7 @@ def make() -> None:
             runs.make_all([run(kind, size, budget) for kind in KINDS for size in wider(kind, budget)], LADDER)
     runs.make_all([run(kind, size, SEEDED, seed) for kind in KINDS for size in losses(kind, SEEDED)
                    for seed in range(1, SEEDS)]
-                  + [run(kind, size, SEEDED, 0, times) for kind in KINDS for size in CHECKED
+                  + [run(kind, size, CHECKED_AT, 0, times) for kind in KINDS for size in CHECKED
                      for times in TIMES], LADDER)
 
 
@@ -125,7 +122,8 @@ def cost(c: LlamaConfig) -> dict:
     """Parameters, total and without embedding and head, and executed FLOPs of a token."""
     total = count_parameters(c)
     with torch.device("meta"):
-        return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": Llama(c).flops_per_token()}
+        flops = Llama(c).flops_per_token()
+    return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops}
 
 
 def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
@@ -143,8 +141,8 @@ def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
             rows.append([f"{budget:.3g}", size, f"{c[count] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
                          f"{steps:,}", f"{batch:,}", f"{steps * batch / c[count]:.3g}"])
     head = ["budget", "size", f"N ({count})", "tokens", "steps", "tokens a step", "tokens per parameter"]
-    return (markdown(head, rows) + f"\n{len(rows)} runs, {spent:.2e} executed FLOPs, {spent / rate / 3600:.1f} "
-            f"hours at {rate:.2g} FLOPs a second.\n")
+    return (markdown(head, rows) + f"\n{KINDS[kind].label}: {len(rows)} runs, {spent:.2e} executed FLOPs, "
+            f"{spent / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second.\n")
 
 
 ########################################
@@ -194,11 +192,7 @@ def gaps(low: Points, dense: Points, budgets, sigmas, times: int = 400) -> tuple
     generator = np.random.default_rng(0)
 
     def noisy(points, sigma):
-        return Points(points.N, points.D, points.C, points.L + sigma * generator.standard_normal(len(points)))
+        return replace(points, L=points.L + sigma * generator.standard_normal(len(points)))
     drawn = [lowest(noisy(dense, sigmas[1]), budgets) - lowest(noisy(low, sigmas[0]), budgets)
              for _ in range(times)]
     return lowest(dense, budgets) - lowest(low, budgets), np.nanpercentile(drawn, [2.5, 97.5], axis=0)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])

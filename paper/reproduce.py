@@ -6,9 +6,9 @@
     python -m paper.reproduce report                 results/README.md, from the logs that are there
 
 NAME is one of table1 (with figures 4 and 14a), table2 (10), table3 (11), table4, table5, fig2, fig3, fig5
-(with 1), fig6, fig7, fig12, fig13. Each writes results/NAME/<scale>/: table.md, table.json, figure.png. The
-logs behind them are in results/runs/<scale>: a run that is there is not made again, so that after a clone
-everything can be drawn without training.
+(with 1), fig6, fig7, fig12, fig13, isoflop (8 and 9) and parametric (appendix D). Each writes
+results/NAME/<scale>/: table.md, table.json, figure.png. The logs behind them are in results/runs/<scale>: a
+run that is there is not made again, so that after a clone everything can be drawn without training.
 """
 
 import json
@@ -17,11 +17,12 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from data import Parser, UserError, command, positive, replacing
+from data import Parser, UserError, command, number, positive, replacing
 from model import ALIASES, SIZES, count_parameters
-from paper import draw, runs
+from paper import draw, isoflop, runs, scaling_report
 from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
 from paper.runs import ARMS, RESULTS, Run, Scale, log_of
+from paper.tables import markdown
 
 TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
@@ -74,10 +75,6 @@ def table(name: str, scale: Scale) -> str:
             row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]
         rows.append(row)
     return markdown(head, rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 def differences(name: str, found) -> str:
@@ -245,11 +242,23 @@ def prepare(name: str, scale: Scale) -> None:
             runs.score(Run(o.arm, o.lr), scale, TASKS)
 
 
+def scaling_laws(args) -> None:
+    """Sections 6 and D: their plan, or what runs are missing and then what was fitted."""
+    if args.plan:
+        rate = args.rate or (2e10 if args.scale == "nano" else 3.2e15)  # two CPU cores; 8 H100s at 40%
+        return print("\n".join(isoflop.plan(args.scale, kind, args.count, args.flops, rate)
+                               for kind in isoflop.KINDS))
+    isoflop.make()
+    {"isoflop": scaling_report.isoflop, "parametric": scaling_report.parametric}[args.name](args.count,
+                                                                                          args.flops)
+
+
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("name", choices=[*EXPERIMENTS, *COUNTS, "all", "report"], metavar="NAME",
-                        help=f"{', '.join([*EXPERIMENTS, *COUNTS])}; all; report")
+    parser.add_argument("name", choices=[*EXPERIMENTS, *COUNTS, *scaling_report.WHERE, "all", "report"],
+                        metavar="NAME",
+                        help=f"{', '.join([*EXPERIMENTS, *COUNTS, *scaling_report.WHERE])}; all; report")
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs at the best learning rate (3)")
@@ -258,12 +267,21 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive,
                         help="steps of each run (200 at nano, the paper's above)")
     parser.add_argument("--tokens_per_step", type=positive, help="tokens of a step (those of train.py)")
+    parser.add_argument("--plan", action="store_true",
+                        help="of isoflop: print its runs, and end; with --scale S those of the paper")
+    parser.add_argument("--count", choices=("total", "blocks"), default="total",
+                        help="of isoflop, parametric: N with or without embedding and head (total)")
+    parser.add_argument("--flops", choices=("executed", "6nd"), default="executed",
+                        help="of isoflop, parametric: C as executed, or the paper's 6 N D (executed)")
+    parser.add_argument("--rate", type=number(), help="of --plan: FLOPs a second of the machine")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and end")
     args = parser.parse_args(argv)
     if args.name == "report":
         return write_report()
     if args.name in COUNTS:
         return write_counts(args.name)
+    if args.name in scaling_report.WHERE:
+        return scaling_laws(args)
     scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, args.seeds)
     wanted = [name for name in EXPERIMENTS if args.name in (name, "all")]
     if scale.nano and "fig7" in wanted:

@@ -1,0 +1,217 @@
+"""The tables and figures of the scaling laws, from the logs of paper.isoflop's runs."""
+
+import csv
+
+import numpy as np
+
+from data import replacing
+from paper import draw, scaling
+from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, noise, papers_design,
+                           points_of, rows_of)
+from paper.runs import RESULTS
+from paper.scaling import Law, Points
+from paper.tables import markdown
+
+PARAMETERS = "E", "A", "alpha", "B", "beta", "exponent"
+WHERE = {name: RESULTS / name for name in ("isoflop", "parametric")}
+COLOURS = {"spectron": draw.BLUE, "dense": draw.BLACK}
+SETTING = ("nano, two layers of many widths, 512 tokens a step of the offline corpus, "
+           "each run with a schedule of its own length")
+
+
+def collected(count: str, flops: str) -> tuple[dict, dict, dict]:
+    """By kind: the rows of its runs, their points, and the budgets (the mean C of their runs)."""
+    rows = {kind: rows_of(kind) for kind in KINDS}
+    points = {kind: points_of(r, count, flops) for kind, r in rows.items()}
+    budgets = {}
+    for kind, p in points.items():
+        nearest = np.abs(np.log(p.C)[:, None] - np.log(BUDGETS)).argmin(1)
+        budgets[kind] = [float(np.exp(np.log(p.C[nearest == i]).mean())) for i in sorted(set(nearest))]
+    return rows, points, budgets
+
+
+def write_csv(rows: dict) -> None:
+    every = [row for kind in KINDS for row in rows[kind]]
+    with replacing(WHERE["isoflop"] / "runs.csv", "w") as file:
+        out = csv.DictWriter(file, every[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows(every)
+
+
+def isoflop_table(rows, points, budgets) -> str:
+    """What Approach 2 finds, the gap, the noise and the learning rates, as Markdown."""
+    parts, sigmas = [], [noise(rows[kind]) for kind in KINDS]
+    for kind, sigma in zip(KINDS, sigmas):
+        found = scaling.profiles(points[kind], budgets[kind])
+        parts += [f"## {KINDS[kind].label}\n", markdown(
+            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there", "inside its grid"],
+            [[f"{p.C:.2e}", str(len(p.x)), str(len(set(p.x))), f"{p.N / 1e3:,.0f}k",
+              f"{p.C / 6 / p.N / 1e6:.2f}M", f"{p.L:.3f}", "yes" if p.inside else "no, left out"]
+             for p in found]), exponents(points[kind], budgets[kind])]
+        parts += [f"Standard deviation between seeds, at {SEEDED:.0e} FLOPs: {sigma:.4f} nats.\n"]
+    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"], sigmas)
+    parts += ["## The best dense model minus the best low-rank one\n", markdown(
+        ["FLOPs", "nats per byte", "95% interval"],
+        [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
+         for C, x, a, b in zip(budgets["spectron"], gap, low, high)])]
+    parts += ["## Other learning rates\n", markdown(
+        ["", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
+    return "\n".join(parts)
+
+
+def exponents(points: Points, budgets) -> str:
+    """Of N_opt and D_opt with their intervals, and without each budget, by both approaches."""
+    second, laws = scaling.bootstrap(points, budgets)
+    found = {"parabolas": (scaling.isoflop(points, budgets), second),
+             "parametric": (scaling.fit_law(points).exponent, [law.exponent for law in laws])}
+    left_out = {C: (a, b) for C, a, b in scaling.without_each(points, budgets)}
+    rows = []
+    for i, (name, (a, drawn)) in enumerate(found.items()):
+        low, high = scaling.interval(drawn)
+        rows.append([name, f"{a:.3f}", f"{low:.3f} to {high:.3f}", f"{1 - a:.3f}",
+                     ", ".join(f"{pair[i]:.3f}" for pair in left_out.values())])
+    return markdown(["", "a of N_opt = k C^a", "95% interval", "1 - a, of D_opt",
+                     "a without each budget, smallest first"], rows)
+
+
+def checked(rows) -> list[list[str]]:
+    table = []
+    for kind in KINDS:
+        for size in CHECKED:
+            by_lr = {r["lr"]: r["loss"] for r in rows[kind] if r["size"] == size and r["budget"] == CHECKED_AT
+                     and r["seed"] == 0}
+            losses = ("diverged" if loss is None else f"{loss:.3f}" for _, loss in sorted(by_lr.items()))
+            table.append([KINDS[kind].label, size, *losses])
+    return table
+
+
+def figure9(points, budgets):
+    """Loss over size at each budget, low-rank and dense, with the parabolas and their minima."""
+    fig, axes = draw.panels(2, 10.5, sharey=True)
+    for ax, kind in zip(axes, KINDS):
+        p = points[kind]
+        nearest = np.abs(np.log(p.C)[:, None] - np.log(budgets[kind])).argmin(1)
+        for i, fitted in enumerate(scaling.profiles(p, budgets[kind])):
+            colour, x = draw.COLOURS[i], np.linspace(fitted.x.min(), fitted.x.max(), 50)
+            ax.plot(p.N[nearest == i], p.L[nearest == i], "o", ms=4, color=colour,
+                    label=f"{BUDGETS[i]:.1e} FLOPs")
+            ax.plot(np.exp(x), np.polyval(fitted.coefficients, x), color=colour, lw=1.3)
+            if fitted.inside:
+                ax.axvline(fitted.N, color=colour, ls="--", lw=1)
+        ax.set(xscale="log", xlabel=f"parameters, {KINDS[kind].label}")
+    axes[0].set_ylabel("final validation loss (nats per byte)")
+    draw.legend_below(fig, axes[0], columns=4)
+    return fig
+
+
+def figure8(points, budgets):
+    """N_opt and D_opt over the budget, each with its power law and the paper's slope."""
+    fig, axes = draw.panels(2, 9.5)
+    for ax, slope, of, label in ((axes[0], 0.479, lambda p: p.N, "parameters at the minimum"),
+                                 (axes[1], 0.521, lambda p: p.C / 6 / p.N, "tokens at the minimum")):
+        for kind in KINDS:
+            found = [p for p in scaling.profiles(points[kind], budgets[kind]) if p.inside]
+            if len(found) < 2:
+                continue
+            C, y = [p.C for p in found], [of(p) for p in found]
+            exponent, factor = scaling.power_law(C, y)
+            ax.plot(C, y, "o", color=COLOURS[kind])
+            ax.plot(C, factor * np.array(C)**exponent, color=COLOURS[kind],
+                    label=f"{KINDS[kind].label}" + f": C^{exponent:.2f}" * (ax is axes[0]))
+            if kind == "spectron":
+                middle = np.exp(np.log(C).mean()), np.exp(np.log(y).mean())
+                ax.plot(C, middle[1] * (np.array(C) / middle[0])**slope, "--", color="0.4",
+                        label="the paper's slopes, C^0.479 and C^0.521")
+        ax.set(xscale="log", yscale="log", xlabel="training FLOPs (executed)", ylabel=label)
+    draw.legend_below(fig, axes[0])
+    return fig
+
+
+def gap_figure(rows, points, budgets):
+    fig, (ax,) = draw.panels(1, 6.5, 4)
+    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
+                            [noise(rows[kind]) for kind in KINDS])
+    ax.errorbar(budgets["spectron"], gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
+    ax.axhline(0, color="0.4", lw=1)
+    ax.set(xscale="log", xlabel="training FLOPs (executed)",
+           ylabel="best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
+    return fig
+
+
+def residuals_figure(points):
+    """What the parametric law leaves, over size and over tokens."""
+    fig, axes = draw.panels(2, 9.5, sharey=True)
+    for kind in KINDS:
+        p, law = points[kind], scaling.fit_law(points[kind])
+        for ax, x in zip(axes, (p.N, p.D)):
+            ax.plot(x, p.L - law(p.N, p.D), "o", ms=4, color=COLOURS[kind], label=KINDS[kind].label)
+    for ax, label in zip(axes, ("parameters", "tokens")):
+        ax.axhline(0, color="0.4", lw=1)
+        ax.set(xscale="log", xlabel=label)
+    axes[0].set_ylabel("loss minus fitted law (nats per byte)")
+    draw.legend_below(fig, axes[0])
+    return fig
+
+
+def precision_figure(spreads: dict):
+    """The exponents that the paper's 39 runs would give, were its own law true."""
+    fig, axes = draw.panels(2, 9.5, sharey=True)
+    for ax, i, name in (axes[0], 0, "parabolas"), (axes[1], 1, "parametric law"):
+        for row, (sigma, found) in enumerate(spreads.items()):
+            ax.hist(found[:, i], np.arange(0.36, 0.561, 0.004), histtype="step", lw=1.5,
+                    color=draw.COLOURS[row], label=f"{sigma:g} nats of noise")
+        for value, style in (0.479, "--"), (0.49, ":"):
+            ax.axvline(value, color="0.2", ls=style, lw=1.4,
+                       label={0.479: "the paper's 0.479", 0.49: "Chinchilla's 0.49"}[value])
+        ax.set(xlabel=f"exponent of N_opt, by the {name}", xlim=(0.36, 0.56))
+    axes[0].set_ylabel("of 400 simulated studies")
+    draw.legend_below(fig, axes[0], columns=5)
+    return fig
+
+
+def isoflop(count: str = "total", flops: str = "executed") -> None:
+    rows, points, budgets = collected(count, flops)
+    where = WHERE["isoflop"]
+    where.mkdir(parents=True, exist_ok=True)
+    write_csv(rows)
+    with replacing(where / "table.md", "w") as file:
+        file.write(f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N {count}, FLOPs {flops}. "
+                   f"`python -m paper.reproduce isoflop`, [every run](runs.csv)\n\n"
+                   f"{isoflop_table(rows, points, budgets)}\n![profiles](figure9.png)\n"
+                   "![optima](figure8.png)\n![gap](gap.png)\n")
+    draw.save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
+    draw.save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute",
+              SETTING)
+    draw.save(gap_figure(rows, points, budgets), where / "gap.png",
+              "How far the best low-rank model is ahead of the best dense one", SETTING)
+    print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
+
+
+def parametric(count: str = "total", flops: str = "executed") -> None:
+    _, points, budgets = collected(count, flops)
+    where, table = WHERE["parametric"], []
+    where.mkdir(parents=True, exist_ok=True)
+    for kind, p in points.items():
+        law, (_, laws) = scaling.fit_law(p), scaling.bootstrap(p, budgets[kind])
+        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})" for key in PARAMETERS
+                 for a, b in [scaling.interval([getattr(x, key) for x in laws])]]
+        table.append([KINDS[kind].label, str(len(p)), *cells, ", ".join(law.at_bounds()) or "none"])
+    design = papers_design()
+    spreads = {sigma: scaling.simulate(design, PAPER_BUDGETS, sigma) for sigma in (0.005, 0.01, 0.02)}
+    precision = markdown(["noise of a run (nats)", "a by parabolas", "a by the parametric law"], [
+        [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
+        for sigma, found in spreads.items()])
+    with replacing(where / "table.md", "w") as file:
+        file.write(f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
+                   "`python -m paper.reproduce parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
+                   + markdown(["", "runs", "E", "A", "alpha", "B", "beta", "a = beta / (alpha + beta)",
+                               "at a bound"], table)
+                   + "\n![residuals](residuals.png)\n\n## What the paper's design can tell\n\n"
+                   f"400 studies of {len(design)} runs of the paper's sizes and budgets, with its own law as "
+                   f"the truth, whose a is {Law(**scaling.PAPER).exponent:.3f}.\n\n{precision}\n"
+                   "![precision](precision.png)\n")
+    draw.save(residuals_figure(points), where / "residuals.png", "What the parametric law leaves", SETTING)
+    draw.save(precision_figure(spreads), where / "precision.png",
+              "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
+              "400 simulated studies of 39 runs each, the paper's parametric law as the truth")
+    print(f"{where}/table.md, residuals.png, precision.png")
