@@ -6,8 +6,8 @@ import numpy as np
 
 from data import replacing
 from paper import draw, scaling
-from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, noise, papers_design,
-                           points_of, rows_of)
+from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, noise,
+                           papers_design, points_of, rows_of)
 from paper.runs import RESULTS
 from paper.scaling import Law, Points
 from paper.tables import markdown
