@@ -67,9 +67,10 @@ def best(kind: str, budget: float) -> str:
 def sizes(kind: str, index: int) -> list[str]:
     """Those that a budget starts from: the nearest ones to the best of the budget before, or to the centre of
     the first budget. The best size is taken to grow with the root of the budget."""
-    before = index - 1 if index and any(losses(kind, BUDGETS[index - 1]).values()) else 0
-    known = parameters(kind, best(kind, BUDGETS[before])) if index > before else CENTRES[kind]
-    centre = known * (BUDGETS[index] / BUDGETS[before]) ** 0.5
+    budget, known = BUDGETS[0], CENTRES[kind]
+    if index and any(losses(kind, BUDGETS[index - 1]).values()):
+        budget, known = BUDGETS[index - 1], parameters(kind, best(kind, BUDGETS[index - 1]))
+    centre = known * (BUDGETS[index] / budget) ** 0.5
     distance = {size: abs(math.log(parameters(kind, size) / centre)) for size in SIZES_HERE}
     return sorted(SIZES_HERE, key=distance.get)[:LEAST]
 

@@ -61,7 +61,8 @@ def test_tables_4_and_5_are_the_papers_counts():
 def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
     for name, config in NANO_SIZES.items():
         dense = count_parameters(replace(config, rank_ratio=None))
-        assert name == "nano" or name == f"nano-{dense / 1e6:.1f}M"
+        assert name in ("nano", f"nano-{dense / 1e6:.1f}M", f"nano-2x{config.dim}")
+        assert not name.startswith("nano-2x") or config.n_layers == 2
 
 
 ########################################

@@ -80,6 +80,35 @@ def test_the_papers_design_cannot_tell_its_exponent_from_chinchillas():
     assert (spread > 0.011).all() and (spread < 0.02).all()
 
 
+def test_the_plan_holds_the_budget_in_the_convention_that_is_asked_for(monkeypatch, tmp_path):
+    """39 runs from 250M to 90B tokens, as the paper has them; a nano plan needs no log."""
+    monkeypatch.chdir(tmp_path)
+    for flops, per_token in ("6nd", None), ("executed", "flops"):
+        for count in "total", "blocks":
+            lines = isoflop.plan("S", "spectron", count, flops, 1e15).splitlines()
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "M |" in line]
+            assert len(rows) == 39 and "39 runs" in lines[-1]
+            for budget, size, N, tokens, *_ in rows:
+                c = isoflop.cost(isoflop.config_of(size))
+                each = c[per_token] if per_token else 6 * c[count]
+                assert float(tokens.rstrip("M").replace(",", "")) * 1e6 * each == pytest.approx(
+                    float(budget), rel=0.01)
+    lines = isoflop.plan("nano", "dense", "total", "executed", 1e10).splitlines()
+    assert sum("| nano-2x" in line for line in lines) == 4 * isoflop.LEAST
+
+
+def test_a_budget_is_centred_on_the_best_size_of_the_one_before(monkeypatch):
+    """And it grows where its best is last, or last but one."""
+    found = {isoflop.BUDGETS[0]: {"nano-2x16": 2.3, "nano-2x24": 2.2, "nano-2x32": 2.1, "nano-2x48": None}}
+    monkeypatch.setattr(isoflop, "losses", lambda kind, budget: found.get(budget, {}))
+    assert isoflop.best("spectron", isoflop.BUDGETS[0]) == "nano-2x32"
+    chosen = isoflop.sizes("spectron", 1)
+    centre = isoflop.parameters("spectron", "nano-2x32") * (isoflop.BUDGETS[1] / isoflop.BUDGETS[0]) ** 0.5
+    sizes = sorted(isoflop.parameters("spectron", size) for size in chosen)
+    assert len(chosen) == 6 and sizes[0] < centre < sizes[-1]
+    assert isoflop.wider("spectron", isoflop.BUDGETS[0]) == ["nano-2x64"]
+
+
 def test_the_public_chinchilla_points_give_the_published_fit():
     """Needs data/svg_extracted_data.csv of epoch-research/analyzing-chinchilla, which has no licence."""
     path = os.environ.get("CHINCHILLA_CSV", ROOT / "data/svg_extracted_data.csv")
