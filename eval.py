@@ -141,8 +141,9 @@ def load_checkpoint(path) -> dict:
 
 
 def older_checkpoint(path: Path) -> str:
-    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt."""
-    for older in path.parent.glob("ckpt*.pt"):
+    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt, and
+    with --keep_every others."""
+    for older in sorted(path.parent.glob("ckpt*.pt"), key=os.path.getmtime, reverse=True):
         with suppress(Exception):
             if older != path:
                 return (f"{older}, of step {read_checkpoint(older)['step']}, is whole. Go on from it: "

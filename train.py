@@ -197,6 +197,7 @@ FLAGS = {
     "eval_tokens": (positive, 10 * 2**20, "validation tokens at most, during training"),
     "final_eval_tokens": (positive, 100_000_000, "validation tokens at most, after the last step"),
     "save_every": (positive, None, "steps between checkpoints: a tenth of --steps"),
+    "keep_every": (positive, None, "steps between checkpoints that stay, as ckpt-000100.pt: none does"),
     "spectra_every": (positive, 10, "steps between logged steps, each with the norms of one matrix"),
     "spectra_of": (str, None, "that matrix, e.g. blocks.0.ffn.down_proj: o_proj of the middle block"),
     "on_nonfinite": (["stop", "record"], "stop", "on a gradient that is not finite: end with an error, or\n"
@@ -204,8 +205,8 @@ FLAGS = {
 }
 # What is smaller at nano's sizes. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
 NANO = dict(tokens_per_step=4096, momentum=0.9, data="data/stdlib", steps=240)
-MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "spectra_every", "out",
-              "stop_at", "on_nonfinite", "data"}  # at --resume
+MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "keep_every", "spectra_every",
+              "out", "stop_at", "on_nonfinite", "data"}  # at --resume
 ACTIONS = {"resume": "go on from the checkpoint in --out; auto: or start there, where there is none yet",
            "overwrite": "start anew in an --out that has a run",
            "dry_run": "print what would be trained and what it needs, and end"}
@@ -610,7 +611,7 @@ def wrapped(model, c, ranks: int):
 def run(c, corpus, checkpoint, stop: int, caught, log, device, rank: int, ranks: int) -> None:
     """Train from the checkpoint, or from the start, to step `stop`, or until a signal fills `caught`.
     log(record) appends to the run's log."""
-    from tools import machine, plan, report
+    from tools import machine, plan, report, safety
     train, val, tokenizer = corpus
     method = find_method(c.method, c.method_args)
     # The seed decides the weights. They are made on the device, where the SVDs of a large model are fast.
@@ -680,8 +681,11 @@ def run(c, corpus, checkpoint, stop: int, caught, log, device, rank: int, ranks:
             print(line(record, c, speed, peak and method.flops_per_token(model) * speed / peak / ranks),
                   flush=True)
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
-        if rank == 0 and (last or step % c.save_every == 0):
+        kept = c.keep_every and step % c.keep_every == 0
+        if rank == 0 and (last or kept or step % c.save_every == 0):
             save(Path(c.out) / "ckpt.pt", model, optimizers, c, step, seconds, flops)
+            if kept:
+                safety.keep(Path(c.out) / "ckpt.pt", step)
 
     if rank == 0:
         if diverged:

@@ -95,6 +95,8 @@ def run_directory(c, replace: bool, auto: bool, step: int, first: dict):
     with held:
         if step == 0:
             check_directory(c, replace, auto)  # as it is now
+        for path in out.glob("ckpt-[0-9]*.pt") if step == 0 else ():
+            path.unlink()
         for name in FILES:
             (out / f"{name}.part").unlink(missing_ok=True)  # which a kill has left
             if step == 0:
@@ -103,6 +105,17 @@ def run_directory(c, replace: bool, auto: bool, step: int, first: dict):
         with open(out / "log.jsonl", "ab", buffering=0) as log:
             append(log, {**first, "config": vars(c)})
             yield partial(append, log)
+
+
+def keep(checkpoint: Path, step: int) -> None:
+    """This checkpoint under a name of its own as well; where the disk knows no links, a copy."""
+    numbered = checkpoint.with_name(f"ckpt-{step:06}.pt")
+    numbered.unlink(missing_ok=True)  # a resumed run comes by here again
+    try:
+        os.link(checkpoint, numbered)
+    except OSError:
+        with open(checkpoint, "rb") as source, replacing(numbered) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def cut_log(path: Path, step: int) -> None:
