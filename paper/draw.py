@@ -19,7 +19,10 @@ LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renorm
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
          "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
          "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
-         "lora-muon": (PINK, "P", "-"), "self-guided-flops": (RED, "X", "--")}
+         "lora-muon": (PINK, "P", "-"), "self-guided-flops": (RED, "X", "--"),
+         "galore": (ORANGE, "o", ":"), "fira": (ORANGE, "s", ":"), "sltrain": (PINK, "D", ":"),
+         "relora": (PINK, "^", ":"), "sct": (SKY, "v", ":"), "tsvd": (SKY, "P", ":"),
+         "cola": (BLUE, "X", ":")}
 
 
 def look(arm: str) -> dict:

@@ -68,6 +68,13 @@ ARMS = {
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
     "self-guided-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
                              "optimizer=muon", 0.02, "flops", "spectron"),
+    "galore": Arm("GaLore", "--method galore", 1e-2),
+    "fira": Arm("Fira", "--method fira", 1e-2),
+    "sltrain": Arm("SLTrain", "--method sltrain", 2e-3),
+    "relora": Arm("ReLoRA", "--method relora", 2e-3),
+    "sct": Arm("SCT", "--method sct", 1e-3),
+    "tsvd": Arm("TSVD-style", "--method tsvd", 1e-3),
+    "cola": Arm("CoLA", "--method cola", 2e-3),
     "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
     "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
     "spectron-ffn": Arm("Spectron", "--factorize ffn"),
