@@ -20,11 +20,11 @@ from paper.scaling import Law, Points
 from paper.tables import markdown
 from tools.plot import read_log
 
-BUDGETS = (1.5e11, 5e11, 1.5e12, 5e12)
+BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
-CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 5e11, (0.5, 2)  # sizes that see other learning rates
-KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.03, swept=False),
-         "dense": Arm("dense, Muon", "--method dense", 0.02, swept=False)}
+CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 4.7e11, (0.5, 2)  # sizes that see other learning rates
+KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.037, swept=False),
+         "dense": Arm("dense, Muon", "--method dense", 0.0145, swept=False)}  # lr: of a run of 1,000 steps
 CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
 SIZES_HERE = [size for size in NANO_SIZES if size.startswith("nano-2x")]
 LEAST = 6  # sizes at a budget
@@ -44,8 +44,14 @@ def arm(kind: str, size: str, budget: float) -> str:
 
 
 def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1) -> Run:
-    """times: of the kind's learning rate."""
-    return Run(arm(kind, size, budget), KINDS[kind].lr * times, seed)
+    """times: of the learning rate that a run of this length has."""
+    name = arm(kind, size, budget)
+    return Run(name, float(f"{times * lr_of(kind, runs.steps_of(name, LADDER)):.4g}"), seed)
+
+
+def lr_of(kind: str, steps: int) -> float:
+    """It falls with the root of the steps, as the best one did in pilot runs."""
+    return float(f"{KINDS[kind].lr * (1000 / steps) ** 0.5:.2g}")
 
 
 def parameters(kind: str, size: str) -> int:
@@ -84,16 +90,17 @@ def wider(kind: str, budget: float) -> list[str]:
 
 
 def make() -> None:
-    """Every run that is missing, from the smallest budget to the largest; the noise and the learning rates
-    last."""
+    """Every run that is missing, from the smallest budget to the largest."""
     for i, budget in enumerate(BUDGETS):
         runs.make_all([run(kind, size, budget) for kind in KINDS for size in sizes(kind, i)], LADDER)
         for _ in range(2):
             runs.make_all([run(kind, size, budget) for kind in KINDS for size in wider(kind, budget)], LADDER)
-    runs.make_all([run(kind, size, SEEDED, seed) for kind in KINDS for size in losses(kind, SEEDED)
-                   for seed in range(1, SEEDS)]
-                  + [run(kind, size, CHECKED_AT, 0, times) for kind in KINDS for size in CHECKED
-                     for times in TIMES], LADDER)
+        if budget == SEEDED:
+            runs.make_all([run(kind, size, budget, seed) for kind in KINDS for size in losses(kind, budget)
+                           for seed in range(1, SEEDS)], LADDER)
+        if budget == CHECKED_AT:
+            runs.make_all([run(kind, size, budget, 0, times) for kind in KINDS for size in CHECKED
+                           for times in (1, *TIMES)], LADDER)
 
 
 ########################################
@@ -165,8 +172,8 @@ def rows_of(kind: str) -> list[dict]:
 
 
 def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -> Points:
-    """Those at the kind's own learning rate."""
-    kept = [r for r in rows if r["lr"] == KINDS[r["kind"]].lr and r["loss"] is not None]
+    """Those at the learning rate of their length."""
+    kept = [r for r in rows if r["lr"] == lr_of(r["kind"], r["steps"]) and r["loss"] is not None]
     N, D, executed, L = (np.array([r[key] for r in kept], float)
                          for key in (count, "tokens", "executed", "loss"))
     return Points(N, D, executed if flops == "executed" else 6 * N * D, L)
@@ -176,7 +183,7 @@ def noise(rows: list[dict]) -> float:
     """The standard deviation between seeds, pooled over the sizes that have several."""
     groups = {}
     for r in rows:
-        if r["budget"] == SEEDED and r["lr"] == KINDS[r["kind"]].lr:
+        if r["budget"] == SEEDED and r["lr"] == lr_of(r["kind"], r["steps"]):
             groups.setdefault(r["size"], []).append(r["loss"])
     variances = [statistics.variance(group) for group in groups.values() if len(group) > 1]
     return statistics.mean(variances) ** 0.5 if variances else math.nan
