@@ -42,6 +42,25 @@ def test_adamw_keeps_two_moments_of_every_parameter(capsys, tmp_path, monkeypatc
     assert f"optimizer {size} GB" in planned(capsys, "--size", "S", "--method", method)
 
 
+@pytest.mark.parametrize("method, o_proj, down_proj", [
+    ("spectron", (2 * 256 * 64,) * 3, (192 * (768 + 256),) * 3),
+    ("galore", (256 * 256, 256 * 256, 3 * 64 * 256), (768 * 256, 768 * 256, 64 * (256 + 2 * 768))),
+    ("relora", (256 * 256 + 2 * 256 * 64, 2 * 256 * 64, 4 * 256 * 64),
+     (768 * 256 + 192 * 1024, 192 * 1024, 2 * 192 * 1024)),
+    ("self-guided", (256 * 256 + 2 * 256 * 64,) * 2 + (2 * 256 * 256 + 4 * 256 * 64,),
+     (768 * 256 + 192 * 1024,) * 2 + (2 * 768 * 256 + 2 * 192 * 1024,))])
+def test_each_method_says_what_weights_gradients_and_state_each_matrix_keeps(method, o_proj, down_proj):
+    """In floats, but for Adam's count of steps; the random numbers of the run are not touched."""
+    c = train.resolve(train.parse(["--method", method, "--device", "cpu"]))
+    with torch.device("meta"):
+        model = Llama(train.LlamaConfig(**c.model), train.find_method(method, {}).linear)
+    before = torch.get_rng_state()
+    found = plan.block_memory(c, model)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, expected in ("attention.o_proj", o_proj), ("ffn.down_proj", down_proj):
+        assert [x / 4 for x in found[name]] == pytest.approx(expected, abs=4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["S", "L"])
 def test_the_estimate_of_activations_is_what_autograd_keeps_and_the_copies_of_the_loss(size, dtype):

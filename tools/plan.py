@@ -5,8 +5,13 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import data
-from model import FactorizedLinear, count_parameters, split_parameters
+from eval import baseline
+from model import FactorizedLinear, Llama, block_matrices, count_parameters
+
+STATE = {"spectron": 4, "dense": 4, "adamw": 8, "dense-adamw": 8}  # bytes for each weight of a block's matrix
 
 
 def describe(c, model, flops: float, ranks: int) -> str:
@@ -24,8 +29,14 @@ def describe(c, model, flops: float, ranks: int) -> str:
              f"{math.ceil(tokens / data.SHARD_TOKENS)} shard(s) of 100M{epochs(c, tokens)}",
              f"FLOPs: {round(flops):,} a token in the first step, {flops * tokens:.3e} at that rate in all "
              f"(the paper's 6 N D: {6 * parameters * tokens:.3e})",
-             "memory per device: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
+             "memory per device: " + ", ".join(f"{name} {bytes_in_words(x)}" for name, x in needs.items())
              + f"; together {sum(needs.values()) / 1e9:.1f} GB"]
+    alike = {}
+    for name, sizes in block_memory(c, model).items():
+        alike.setdefault(sizes, []).append(name.rpartition(".")[2])
+    lines += ["of that each matrix, in MB: " + "; ".join(
+        f"{', '.join(names)} " + " + ".join(f"{x / 1e6:.3g}" for x in sizes)
+        for sizes, names in alike.items())]
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
                      for line in lines)
 
@@ -39,16 +50,48 @@ def epochs(c, tokens: int) -> str:
 
 
 def memory(c, model) -> dict[str, int]:
-    """Bytes on one device. Weights, gradients and optimizer state are exact for the methods of train.py.
-    Activations are an estimate: what eager autograd keeps of a block, the logits, and under autocast the
-    bfloat16 copies of the weights."""
-    pairs, dense, others = split_parameters(model)
-    matrices = sum(p.numel() for p in [*dense, *(p for pair in pairs for p in pair)])
-    total, m = matrices + sum(p.numel() for p in others), model.config
+    """Bytes on one device: weights, gradients and optimizer state, exactly. Activations are an estimate: what
+    eager autograd keeps of a block, the logits, and under autocast the bfloat16 copies of the weights."""
+    m, matrices = model.config, block_matrices(model)
+    in_blocks = {id(p) for layer in matrices.values() for p in layer.parameters()}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in in_blocks)
+    sums = [m.n_layers * sum(sizes) for sizes in zip(*block_memory(c, model).values())]
     width = 2 if c.dtype == "bfloat16" else 4
-    ranks = sum(layer.rank for layer in model.modules() if isinstance(layer, FactorizedLinear))
+    ranks = sum(layer.rank for layer in matrices.values() if isinstance(layer, FactorizedLinear))
     blocks = m.n_layers * (16 * m.dim + width * (10 * m.dim + 4 * m.hidden)) + width * ranks  # per token
     logits = m.vocab_size * (width if c.compile else 12)  # eager, the loss holds them in fp32 three times
-    return {"weights": 4 * total, "gradients": 4 * total,
-            "optimizer": (4 if c.method in ("spectron", "dense") else 8) * matrices + 8 * (total - matrices),
-            "activations, about": c.batch_size * m.seq_len * (blocks + logits) + 2 * total * (width == 2)}
+    copies = 2 * sum(p.numel() for p in model.parameters()) * (width == 2)
+    return {"weights": sums[0] + 4 * others, "gradients": sums[1] + 4 * others,
+            "optimizer": sums[2] + 8 * others,
+            "activations, about": c.batch_size * m.seq_len * (blocks + logits) + copies}
+
+
+def block_memory(c, model) -> dict[str, tuple[int, int, int]]:
+    """Bytes of weights, gradients and optimizer state of each matrix of the first block. What a method of
+    baselines/ keeps comes out of a step of its own optimizers on one block."""
+    state = {}
+    if c.method not in STATE:
+        method = baseline(c.method, c.method_args)
+        with torch.random.fork_rng(devices=[]):
+            model = Llama(replace(model.config, n_layers=1, vocab_size=1), method.linear)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+        for optimizer in method.optimizers(model, c):
+            optimizer.step()
+            state |= {id(p): sum(map(size, kept.values())) for p, kept in optimizer.state.items()}
+    found = {}
+    for name, layer in block_matrices(model).items():
+        if name.startswith("blocks.0."):
+            weights = [*layer.parameters(), *layer.buffers()]
+            found[name.removeprefix("blocks.0.")] = (
+                sum(map(size, weights)), sum(size(p) for p in layer.parameters()),
+                sum(state.get(id(p), STATE.get(c.method, 0) * p.numel()) for p in layer.parameters()))
+    return found
+
+
+def bytes_in_words(x: float) -> str:
+    return f"{x / 1e9:.2f} GB" if x > 1e8 else f"{x / 1e6:.2f} MB"
+
+
+def size(x) -> int:
+    return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
