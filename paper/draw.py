@@ -19,14 +19,14 @@ LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renorm
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
          "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
          "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
-         "lora-muon": (PINK, "P", "-"), "self-guided-flops": (RED, "X", "--"),
+         "lora-muon": (PINK, "P", "-"), "self-guided-muon-flops": (RED, "X", "--"),
          "galore": (ORANGE, "o", ":"), "fira": (ORANGE, "s", ":"), "sltrain": (PINK, "D", ":"),
          "relora": (PINK, "^", ":"), "sct": (SKY, "v", ":"), "tsvd": (SKY, "P", ":"),
          "cola": (BLUE, "X", ":")}
 
 
 def look(arm: str) -> dict:
-    colour, marker, line = LOOKS[arm.removesuffix("-ffn")]
+    colour, marker, line = LOOKS.get(arm) or LOOKS[arm.removesuffix("-ffn").removesuffix("-flops")]
     return {"color": colour, "marker": marker, "ls": line}
 
 
@@ -167,6 +167,20 @@ def loss_over_lr(found, paper: dict, scale):
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax)
+    return fig
+
+
+def loss_over_memory(found, paper: dict, scale):
+    """One mark for each method, with the spread of its seeds."""
+    fig, (ax,) = panels(1, 8, 4.8)
+    for o in found:
+        if o.losses:
+            style = look(o.arm) | {"ls": ""}
+            ax.errorbar(o.training_memory / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
+                        **style)
+    ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
+           ylabel=f"final validation loss ({unit(found)})")
+    legend_below(fig, ax, columns=4)
     return fig
 
 

@@ -5,11 +5,16 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
-from model import ALIASES
+import torch
+
+import train
+from model import ALIASES, Llama, LlamaConfig
 from paper import draw, runs
 from paper.runs import ARMS, Run, Scale, best_of, final_loss, log_of, tried
+from tools import plan
 from tools.plot import read_log
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
@@ -45,6 +50,25 @@ class Outcome:
     @property
     def flops(self) -> float | None:
         return read_log(self.logs[0])[1][-1].get("flops") if self.logs else None
+
+    @property
+    def memory(self) -> dict:
+        """Bytes of weights, gradients and optimizer state, and how many parameters are trained."""
+        c = SimpleNamespace(**read_log(self.logs[0])[0]["config"])
+        with torch.device("meta"):
+            model = Llama(LlamaConfig(**c.model), train.find_method(c.method, c.method_args).linear)
+        return plan.memory(c, model) | {"parameters": sum(p.numel() for p in model.parameters())}
+
+    @property
+    def training_memory(self) -> int:
+        return sum(self.memory[key] for key in ("weights", "gradients", "optimizer"))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median over the seeds, without the first step."""
+        rows = [read_log(log)[1] for log in self.logs]
+        return statistics.median((r[-1]["seconds"] - r[0]["seconds"]) / max(1, r[-1]["step"] - r[0]["step"])
+                                 for r in rows)
 
     @property
     def scores(self) -> dict:
@@ -136,6 +160,7 @@ class Experiment:
     tasks: bool = False  # task columns, above nano
     pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
     norms: bool = False  # it is about norms over training
+    memory: bool = False  # columns of what each arm costs
 
 
 def paper_table1(size: str) -> dict:
@@ -163,6 +188,7 @@ def ladder(scale: Scale) -> tuple:
                  for kind in ("spectron", "dense") for size in sizes)
 
 
+RIVALS = "adamw", "self-guided", "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 ONE_SCHEDULE = "All arms decay to zero; the public code stops its AdamW baselines at a tenth of their lr."
 EXPERIMENTS = {
     "table2": Experiment(
@@ -191,6 +217,18 @@ EXPERIMENTS = {
         "Equilibrated Spectron, a method of our own, ends lower and bears higher learning rates",
         ("spectron", "equilibrated"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
+    "rivals": Experiment(
+        "The methods of low-rank pretraining side by side",
+        ("spectron", "equilibrated", *RIVALS, "orthogonalize", "renormalize", "neither", "dense",
+         "dense-adamw"), draw.loss_over_memory, "",
+        "All on one schedule but ReLoRA, whose restarts have their own. Memory is of weights, gradients and "
+        "optimizer state, without activations.",
+        pairs=against_first, memory=True),
+    "rivals-flops": Experiment(
+        "The same methods at equal executed FLOPs",
+        ("spectron", "equilibrated", *(f"{name}-flops" for name in runs.DEARER)), draw.loss_over_memory, "",
+        "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
+        pairs=against_first, memory=True),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",

@@ -22,7 +22,7 @@ from tools.plot import read_log
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
-CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 4.7e11, (0.5, 2)  # sizes that see other learning rates
+CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 4.7e11, (0.5, 2)  # of the learning rate
 KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.037, swept=False),
          "dense": Arm("dense, Muon", "--method dense", 0.0145, swept=False)}  # lr: of a run of 1,000 steps
 CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs

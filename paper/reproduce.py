@@ -62,14 +62,20 @@ def table(name: str, scale: Scale) -> str:
     found, paper = outcomes_of(name, scale), paper_of(name, scale)
     least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
     tasks = [task for task in TASKS if any(f"{task}_acc_norm" in o.scores for o in found)]
+    costs = EXPERIMENTS[name].memory
     head = ["", "lr", f"validation loss ({draw.unit(found)})", "n", "perplexity", "over the best",
             "lr within 5%", "steps", "FLOPs", *tasks,
+            *(["parameters", "state (MB)", "training memory (MB)", "s / step"] if costs else []),
             *(["the paper's perplexity", "its loss over its best"] if paper else [])]
     rows = []
     for o in found:
         row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
                over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
                *(percent(o.scores.get(f"{task}_acc_norm")) for task in tasks)]
+        if costs and o.logs:
+            memory = o.memory
+            row += [f"{memory['parameters']:,}", f"{memory['optimizer'] / 1e6:.1f}",
+                    f"{o.training_memory / 1e6:.1f}", f"{o.seconds_per_step:.2f}"]
         if paper:
             theirs = paper.get(o.arm, math.inf)
             row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]

@@ -66,7 +66,7 @@ ARMS = {
     "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
     "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
-    "self-guided-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
+    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
                              "optimizer=muon", 0.02, "flops", "spectron"),
     "galore": Arm("GaLore", "--method galore", 1e-2),
     "fira": Arm("Fira", "--method fira", 1e-2),
@@ -88,6 +88,10 @@ for _size in [size for ladder in LADDERS.values() for size in ladder if size != 
     ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
     ARMS[f"dense@{_size}"] = Arm(f"dense {_size}", "--method dense", 0.02, "flops", f"spectron@{_size}",
                                  _size)
+DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
+for _name in DEARER[1:]:
+    ARMS[f"{_name}-flops"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, equal FLOPs", steps="flops",
+                                     twin="spectron")
 ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of embedding, head and norms; all other runs have the third
 ADAM_ARMS = {"spectron": 0.1, "equilibrated": 0.2, "orthogonalize": 0.02, "dense": 0.05, "adamw": 1e-3}
 for _name, _lr in ADAM_ARMS.items():

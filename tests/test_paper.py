@@ -317,7 +317,7 @@ def test_the_results_readme_is_what_the_committed_logs_say(in_a_copy):
 @pytest.mark.parametrize("count", [1, 6, 15])
 def test_every_arm_has_as_many_learning_rates_as_asked_for(count):
     scale = runs.scale_of("nano", lrs=count)
-    assert {len(runs.lrs_of(arm, scale)) for arm in ARMS} == {count}
+    assert {len(runs.lrs_of(name, scale)) for name, arm in ARMS.items() if arm.swept} == {count}
 
 
 def test_figures_are_drawn_where_there_is_no_fcntl_and_a_foreign_backend(tmp_path):
