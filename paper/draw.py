@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import replacing
 from model import SIZES, count_parameters
-from paper.runs import ARMS, Run, log_of
+from paper.runs import ADAM_ARMS, ADAM_LRS, ARMS, Run, log_of
 from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
@@ -165,6 +165,21 @@ def loss_over_lr(found, paper: dict, scale):
     ax.text(0.995, top, f"{top:.2f} and above; {'crosses' if diverged else 'none'} diverged",
             transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
+           ylabel=f"final validation loss ({unit(found)})")
+    legend_below(fig, ax)
+    return fig
+
+
+def loss_over_adam_lr(found, paper: dict, scale):
+    """Of seed 0, a line for each arm."""
+    fig, (ax,) = panels(1, 8, 4.6)
+    for base, lr in ADAM_ARMS.items():
+        losses = {adam_lr: o.grid.get(lr) for o in found for adam_lr in ADAM_LRS
+                  if o.arm == (base if adam_lr == 3e-3 else f"{base}-adam{adam_lr:g}")}
+        shown = sorted((x, loss) for x, loss in losses.items() if loss is not None)
+        if shown:
+            ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
+    ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
            ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax)
     return fig

@@ -229,6 +229,9 @@ EXPERIMENTS = {
         ("spectron", "equilibrated", *(f"{name}-flops" for name in runs.DEARER)), draw.loss_over_memory, "",
         "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
         pairs=against_first, memory=True),
+    "adam_lr": Experiment(
+        "The learning rate of embedding, head and norms, each arm's lr at its best for 3e-3",
+        tuple(runs.ADAM_SWEEP), draw.loss_over_adam_lr, "", "", single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",

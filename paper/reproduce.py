@@ -168,7 +168,7 @@ def report(name: str, scale: Scale) -> None:
          "steps": scale.steps, "tokens_per_step": scale.tokens_per_step, "data": scale.data, "arms": arms},
         indent=1) + "\n")
     lost = [o.label for o in found if not o.logs]
-    if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr):
+    if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr, draw.loss_over_adam_lr):
         return print(f"{where}/table.md, table.json; no figure: {', '.join(lost)} diverged at every lr")
     message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
     draw.save(e.figure(found, paper, scale), where / "figure.png", message or e.title, setting(scale))

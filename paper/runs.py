@@ -94,10 +94,13 @@ for _name in DEARER[1:]:
                                      twin="spectron")
 ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of embedding, head and norms; all other runs have the third
 ADAM_ARMS = {"spectron": 0.1, "equilibrated": 0.2, "orthogonalize": 0.02, "dense": 0.05, "adamw": 1e-3}
+ADAM_SWEEP = [*ADAM_ARMS]
 for _name, _lr in ADAM_ARMS.items():
     for _adam_lr in (x for x in ADAM_LRS if x != 3e-3):
-        ARMS[f"{_name}-adam{_adam_lr:g}"] = replace(ARMS[_name], lr=_lr, swept=False, flags=(
-            f"{ARMS[_name].flags} --adam_lr {_adam_lr:g}"))
+        ARMS[f"{_name}-adam{_adam_lr:g}"] = replace(
+            ARMS[_name], label=f"{ARMS[_name].label}, adam_lr {_adam_lr:g}", lr=_lr, swept=False,
+            flags=f"{ARMS[_name].flags} --adam_lr {_adam_lr:g}")
+        ADAM_SWEEP.append(f"{_name}-adam{_adam_lr:g}")
 
 
 ########################################

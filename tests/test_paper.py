@@ -72,7 +72,8 @@ def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
 def test_every_arm_of_a_comparison_starts_from_as_many_learning_rates():
     for name, e in experiments.EXPERIMENTS.items():
         for scale in NANO, runs.scale_of("S"):
-            grids = [runs.lrs_of(arm, scale, e.few) for arm in experiments.arms_of(name, scale)]
+            grids = [runs.lrs_of(arm, scale, e.few) for arm in experiments.arms_of(name, scale)
+                     if ARMS[arm].swept]
             assert {len(grid) for grid in grids} == {3 if e.few else scale.lrs}
             assert all(b / a in (2, 2.5) for grid in grids for a, b in zip(grid, grid[1:]))
 
