@@ -9,6 +9,7 @@ not the same for the two kinds. paper.scaling has the fits.
 import math
 import statistics
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -55,8 +56,7 @@ def lr_of(kind: str, steps: int) -> float:
 
 
 def parameters(kind: str, size: str) -> int:
-    c = NANO_SIZES[size]
-    return count_parameters(replace(c, rank_ratio=None) if kind == "dense" else c)
+    return cost(config_of(size, kind))["total"]
 
 
 def losses(kind: str, budget: float) -> dict:
@@ -126,6 +126,7 @@ def config_of(size: str, kind: str = "spectron") -> LlamaConfig:
     return replace(c, rank_ratio=None) if kind == "dense" else c
 
 
+@cache
 def cost(c: LlamaConfig) -> dict:
     """Parameters, total and without embedding and head, and executed FLOPs of a token."""
     total = count_parameters(c)

@@ -7,7 +7,7 @@ beta). (Both are of Hoffmann et al. 2022. The *sum* of Huber losses is minimized
 stop early, which is what went wrong there according to Besiroglu et al. 2024.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Points:
         return Points(self.N[rows], self.D[rows], self.C[rows], self.L[rows])
 
     def __len__(self) -> int:
-        return len(self.L)
+        return len(self.N)
 
 
 ########################################
@@ -120,18 +120,19 @@ def huber(residual):
 def fit_law(points: Points, weights=None, start: Law | None = None, steps: int = 100) -> Law | list[Law]:
     """The law of the lowest Huber loss on log L: from many starts at once, or from one.
 
-    weights (b, n): how often each of the n runs counts in each of b fits, as a bootstrap wants it; then it
-    returns b laws. The method is Levenberg and Marquardt's on log A, log B, log E, alpha, beta, each run
-    weighed by the slope of its Huber loss. N and D are divided by their geometric means first, which undoes
-    most of the correlation between A and alpha.
+    weights (b, n) say how often each of the n runs counts in each of b fits, as a bootstrap wants it; losses
+    L (b, n) are those of b studies. With either it returns b laws. The method is Levenberg and Marquardt's on
+    log A, log B, log E, alpha, beta, each run weighed by the slope of its Huber loss. N and D are divided by
+    their geometric means first, which undoes most of the correlation between A and alpha.
     """
     n, d, y = np.log(points.N), np.log(points.D), np.log(points.L)
+    single = weights is None and y.ndim == 1
+    y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
     starts = np.array(start_at(start, n0, d0) if start else starts_around(y.min()))
-    w = np.ones((1, len(points))) if weights is None else np.asarray(weights, float)
-    fits = len(w)
-    w, theta = np.repeat(w, len(starts), 0), np.tile(starts, (fits, 1))  # (fits * starts, n) and (.., 5)
+    fits, (y, w) = len(w), (np.repeat(x, len(starts), 0) for x in (y, w))  # (fits * starts, n)
+    theta = np.tile(starts, (fits, 1))
 
     def terms(theta):
         a, b, e, alpha, beta = theta.T[:, :, None]
@@ -154,7 +155,7 @@ def fit_law(points: Points, weights=None, start: Law | None = None, steps: int =
     best = loss.reshape(fits, -1).argmin(1) + len(starts) * np.arange(fits)
     laws = [Law(float(np.exp(e)), float(np.exp(a + alpha * n0)), float(np.exp(b + beta * d0)), float(alpha),
                 float(beta), float(value)) for (a, b, e, alpha, beta), value in zip(theta[best], loss[best])]
-    return laws[0] if weights is None else laws
+    return laws[0] if single else laws
 
 
 def starts_around(lowest: float) -> list[tuple]:
@@ -212,9 +213,8 @@ def design(budgets, sizes, law: Law) -> Points:
 
 def simulate(points: Points, budgets, sigma: float, times: int = 400, seed: int = 0) -> np.ndarray:
     """(times, 2): the exponents that the two approaches find when each run has noise of sigma nats."""
-    generator, start, found = np.random.default_rng(seed), fit_law(points), []
-    for _ in range(times):
-        noise = sigma * generator.standard_normal(len(points))
-        noisy = Points(points.N, points.D, points.C, points.L + noise)
-        found.append((isoflop(noisy, budgets), fit_law(noisy, start=start).exponent))
-    return np.array(found)
+    noise = sigma * np.random.default_rng(seed).standard_normal((times, len(points)))
+    studies = replace(points, L=points.L + noise)
+    laws = fit_law(studies, start=fit_law(points))
+    return np.array([(isoflop(replace(points, L=L), budgets), law.exponent)
+                     for L, law in zip(studies.L, laws)])
