@@ -46,8 +46,8 @@ def arm(kind: str, size: str, budget: float) -> str:
 
 def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1) -> Run:
     """times: of the learning rate that a run of this length has."""
-    name = arm(kind, size, budget)
-    return Run(name, float(f"{times * lr_of(kind, runs.steps_of(name, LADDER)):.4g}"), seed)
+    steps = round(budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step)  # as runs.steps_of
+    return Run(arm(kind, size, budget), float(f"{times * lr_of(kind, steps):.4g}"), seed)
 
 
 def lr_of(kind: str, steps: int) -> float:

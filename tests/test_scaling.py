@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from paper import isoflop
+from paper import isoflop, runs
 from paper.scaling import (CHINCHILLA, Law, Points, bootstrap, design, fit_law, interval, power_law,
                            profiles, simulate, without_each)
 
@@ -124,3 +124,13 @@ def test_the_public_chinchilla_points_give_the_published_fit():
     assert law.huber <= 0.0010183
     assert [law.alpha, law.beta] == pytest.approx([0.34731, 0.36718], abs=2e-3)
     assert law.E == pytest.approx(1.81724, abs=1e-3)
+
+
+def test_a_run_of_the_ladder_has_the_steps_that_its_budget_pays_for():
+    """As paper.runs counts them from the flags of train.py."""
+    for kind, size in ("spectron", "nano-2x48"), ("dense", "nano-2x128"):
+        made = isoflop.run(kind, size, isoflop.BUDGETS[2])
+        steps = runs.steps_of(made.arm, isoflop.LADDER)
+        assert made.lr == isoflop.lr_of(kind, steps)
+        spent = steps * isoflop.LADDER.tokens_per_step * isoflop.cost(isoflop.config_of(size, kind))["flops"]
+        assert spent == pytest.approx(isoflop.BUDGETS[2], rel=0.01)
