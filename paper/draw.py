@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import replacing
 from model import SIZES, count_parameters
-from paper.runs import ADAM_ARMS, ADAM_LRS, ARMS, Run, log_of
+from paper.runs import ADAM_ARMS, ADAM_LRS, ARMS, TRANSFERRED, Run, log_of
 from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
@@ -167,6 +167,22 @@ def loss_over_lr(found, paper: dict, scale):
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax)
+    return fig
+
+
+def transfer(found, paper: dict, scale):
+    """A panel for each method: how far each width and rank ends above its own best loss."""
+    by_name = {o.arm: o for o in found}
+    fig, axes = panels(len(TRANSFERRED), 11.5, sharey=True)
+    for ax, (method, arms) in zip(axes, TRANSFERRED.items()):
+        for i, o in enumerate(by_name[arm] for arm in arms):
+            shown = [(lr, loss - o.grid[o.lr]) for lr, loss in o.grid.items() if loss is not None]
+            _, size, ratio = o.arm.split("@")
+            ax.plot(*zip(*shown), color=COLOURS[i], marker="osvD^P"[i], ms=4, lw=1.4,
+                    ls="-" if ratio == "0.25" else "--", label=f"width {size[7:]}, rank ratio {ratio}")
+        ax.set(xscale="log", xlabel=f"learning rate of {ARMS[method].label}", ylim=(-0.02, 0.5))
+    axes[0].set_ylabel(f"final loss above the curve's best ({unit(found)})")
+    legend_below(fig, *axes)
     return fig
 
 

@@ -229,6 +229,9 @@ EXPERIMENTS = {
         ("spectron", "equilibrated", *(f"{name}-flops" for name in runs.DEARER)), draw.loss_over_memory, "",
         "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
         pairs=against_first, memory=True),
+    "transfer": Experiment(
+        "The learning rate over widths and rank ratios", tuple(sum(runs.TRANSFERRED.values(), [])),
+        draw.transfer, "", "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, each arm's lr at its best for 3e-3",
         tuple(runs.ADAM_SWEEP), draw.loss_over_adam_lr, "", "", single=None, pairs=lambda found: []),

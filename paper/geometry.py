@@ -219,7 +219,7 @@ def figure(found: dict, dimension: str):
             ys = [[c[key] for c in seed if key in c] for seed in seeds]
             if steps:
                 ax.plot(steps, np.mean(ys, 0), ms=4, lw=1.4, label=ARMS[arm].label, **draw.look(arm))
-        ax.set(xlabel="step", title=label)
+        ax.set(xlabel="step", ylabel=label)
     draw.legend_below(fig, *axes, columns=6)
     return fig
 

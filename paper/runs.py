@@ -92,6 +92,13 @@ DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-gu
 for _name in DEARER[1:]:
     ARMS[f"{_name}-flops"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, equal FLOPs", steps="flops",
                                      twin="spectron")
+TRANSFERRED = {"spectron": [], "orthogonalize": [], "adamw": []}  # over four widths and three rank ratios
+for _name, _arms in TRANSFERRED.items():
+    for _size, _ratio in [(f"nano-2x{width}", 0.25) for width in (32, 64, 128, 256)] + [
+            ("nano-2x128", 0.125), ("nano-2x128", 0.5)]:
+        _arms.append(f"{_name}@{_size}@{_ratio:g}")
+        ARMS[_arms[-1]] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_size[5:]}, rank {_ratio:g}",
+                                  size=_size, flags=f"{ARMS[_name].flags} --rank_ratio {_ratio:g}")
 ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of embedding, head and norms; all other runs have the third
 ADAM_ARMS = {"spectron": 0.1, "equilibrated": 0.2, "orthogonalize": 0.02, "dense": 0.05, "adamw": 1e-3}
 ADAM_SWEEP = [*ADAM_ARMS]
