@@ -9,7 +9,7 @@ multiplied out for every method that has one; CoLA, whose layers are not linear,
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -186,6 +186,19 @@ def make() -> None:
             with replacing(path, "w") as file:
                 json.dump(found, file)
             print(run.name, flush=True)
+    if not (WHERE / "basins.json").is_file():
+        with replacing(WHERE / "basins.json", "w") as file:
+            json.dump(basins(), file)
+
+
+def basins() -> dict:
+    """The barrier between each two methods after the last step of seed 0."""
+    models = {arm: load_model(checkpoint(Run(arm, lr_of(arm)), STEPS), "cpu") for arm in ARMS_HERE}
+    weights = {arm: list(found.values()) for arm, model in models.items() if (found := materialised(model))}
+    config = checkpoint(Run(FULL, lr_of(FULL)), STEPS)["config"]
+    loss = Loss(models[FULL].config, config["data"], config["tokenizer"])
+    return {f"{a} {b}": metrics.barrier(metrics.path(loss, weights[a], weights[b]))
+            for a, b in combinations(weights, 2)}
 
 
 ########################################
@@ -207,6 +220,15 @@ def cell(seeds: list, key: str) -> str:
     if not last:
         return "no W"
     return f"{np.mean(last):.3g}" + (f" ± {np.std(last, ddof=1):.2g}" if len(last) > 1 else "")
+
+
+def barriers(arms: list) -> str:
+    """Each method against each."""
+    between = json.loads((WHERE / "basins.json").read_text("utf-8"))
+    arms = [arm for arm in arms if any(arm in pair.split() for pair in between)]
+    return markdown(["", *(ARMS[arm].label for arm in arms)], [
+        [ARMS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
+                          for b in arms)] for a in arms])
 
 
 def figure(found: dict, dimension: str):
@@ -236,6 +258,8 @@ def report() -> None:
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
         draw.save(figure(found, name), WHERE / f"{name}.png", f"{name.capitalize()} over training",
                   "nano, each method at its best learning rate")
+    if (WHERE / "basins.json").is_file():
+        parts += ["## Barriers between methods, seed 0\n", barriers(list(found))]
     with replacing(WHERE / "table.md", "w") as file:
         file.write("\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")

@@ -104,6 +104,10 @@ def test_every_metric_is_measured_and_a_method_without_w_says_so(run, monkeypatc
     for r, found in made:
         (tmp_path / "r/values").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"r/values/{r.name}.json").write_text(json.dumps(found))
+    monkeypatch.setattr(geometry, "lr_of", lambda arm: 1e-3)
+    between = geometry.basins()
+    assert list(between) == ["dense-adamw spectron"] and between["dense-adamw spectron"] > 0
+    (tmp_path / "r/basins.json").write_text(json.dumps(between))
     geometry.report()
     table = (tmp_path / "r/table.md").read_text("utf-8")
     assert "| CoLA | no W" in table and len(list((tmp_path / "r").glob("*.png"))) == 4
