@@ -172,9 +172,14 @@ def rows_of(kind: str) -> list[dict]:
     return found
 
 
+def is_kept(row: dict) -> bool:
+    """Whether a run is at the learning rate of its length, and did not diverge."""
+    return row["lr"] == lr_of(row["kind"], row["steps"]) and row["loss"] is not None
+
+
 def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -> Points:
-    """Those at the learning rate of their length."""
-    kept = [r for r in rows if r["lr"] == lr_of(r["kind"], r["steps"]) and r["loss"] is not None]
+    """Those that are fitted."""
+    kept = [row for row in rows if is_kept(row)]
     N, D, executed, L = (np.array([r[key] for r in kept], float)
                          for key in (count, "tokens", "executed", "loss"))
     return Points(N, D, executed if flops == "executed" else 6 * N * D, L)
@@ -184,7 +189,7 @@ def noise(rows: list[dict]) -> float:
     """The standard deviation between seeds, pooled over the sizes that have several."""
     groups = {}
     for r in rows:
-        if r["budget"] == SEEDED and r["lr"] == lr_of(r["kind"], r["steps"]):
+        if r["budget"] == SEEDED and is_kept(r):
             groups.setdefault(r["size"], []).append(r["loss"])
     variances = [statistics.variance(group) for group in groups.values() if len(group) > 1]
     return statistics.mean(variances) ** 0.5 if variances else math.nan

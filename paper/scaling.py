@@ -41,29 +41,40 @@ class Points:
 class Profile:
     """The parabola of one budget."""
     C: float
-    x: np.ndarray  # log N
-    coefficients: np.ndarray  # of x^2, x and 1
-    inside: bool  # a minimum, and between the smallest and the largest size
+    points: Points
+    coefficients: np.ndarray  # of (log N)^2, log N and 1
 
     @property
     def N(self) -> float:
+        """Where the parabola is level."""
         return float(np.exp(-self.coefficients[1] / (2 * self.coefficients[0])))
+
+    @property
+    def inside(self) -> bool:
+        """Whether that is a minimum, and between the smallest and the largest size."""
+        return self.coefficients[0] > 0 and self.points.N.min() < self.N < self.points.N.max()
+
+    @property
+    def D(self) -> float:
+        """The tokens there: between those of the sizes beside it, in logs."""
+        order = self.points.N.argsort()
+        return float(np.exp(np.interp(np.log(self.N), *np.log([self.points.N[order], self.points.D[order]]))))
 
     @property
     def L(self) -> float:
         return float(np.polyval(self.coefficients, np.log(self.N)))
 
 
-def profile(points: Points, budget: float) -> Profile:
-    x = np.log(points.N)
-    a, b, c = np.polyfit(x, points.L, 2)
-    return Profile(budget, x, np.array([a, b, c]), bool(a > 0 and x.min() < -b / (2 * a) < x.max()))
+def nearest(points: Points, budgets) -> np.ndarray:
+    """For each run the index of its budget."""
+    return np.abs(np.log(points.C)[:, None] - np.log(budgets)).argmin(1)
 
 
 def profiles(points: Points, budgets) -> list[Profile]:
-    """One for each budget, of the runs that are nearest to it."""
-    nearest = np.abs(np.log(points.C)[:, None] - np.log(budgets)).argmin(1)
-    return [profile(points[nearest == i], C) for i, C in enumerate(budgets) if (nearest == i).sum() > 3]
+    """One for each budget that has runs of three sizes or more."""
+    rows = [(C, points[nearest(points, budgets) == i]) for i, C in enumerate(budgets)]
+    return [Profile(C, some, np.polyfit(np.log(some.N), some.L, 2)) for C, some in rows
+            if len(set(some.N)) > 2]
 
 
 def power_law(C, y) -> tuple[float, float]:
@@ -72,10 +83,11 @@ def power_law(C, y) -> tuple[float, float]:
     return float(exponent), float(np.exp(log_factor))
 
 
-def isoflop(points: Points, budgets) -> float:
-    """The exponent a of N_opt = k C^a; nan where fewer than two budgets have a minimum inside their grid."""
+def isoflop(points: Points, budgets, of: str = "N") -> float:
+    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum inside
+    their grid."""
     found = [p for p in profiles(points, budgets) if p.inside]
-    return power_law([p.C for p in found], [p.N for p in found])[0] if len(found) > 1 else np.nan
+    return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
 
 
 ########################################
@@ -176,9 +188,8 @@ def start_at(law: Law, n0: float, d0: float) -> list[tuple]:
 def resampled(points: Points, budgets, times: int, seed: int = 0) -> np.ndarray:
     """(times, n): how often each run is drawn, with replacement among the runs of its budget."""
     generator, counts = np.random.default_rng(seed), np.zeros((times, len(points)))
-    nearest = np.abs(np.log(points.C)[:, None] - np.log(budgets)).argmin(1)
     for i in range(len(budgets)):
-        rows = np.flatnonzero(nearest == i)
+        rows = np.flatnonzero(nearest(points, budgets) == i)
         for count in counts if len(rows) else ():
             np.add.at(count, generator.choice(rows, len(rows)), 1)
     return counts
@@ -199,8 +210,8 @@ def bootstrap(points: Points, budgets, times: int = 400) -> tuple[list[float], l
 
 def without_each(points: Points, budgets) -> list[tuple[float, float, float]]:
     """(the budget left out, Approach 2's exponent, Approach 3's) for each."""
-    nearest = np.abs(np.log(points.C)[:, None] - np.log(budgets)).argmin(1)
-    rest = [(C, points[nearest != i], [c for c in budgets if c != C]) for i, C in enumerate(budgets)]
+    rest = [(C, points[nearest(points, budgets) != i], [c for c in budgets if c != C])
+            for i, C in enumerate(budgets)]
     return [(C, isoflop(kept, others), fit_law(kept).exponent) for C, kept, others in rest]
 
 

@@ -1,18 +1,24 @@
-"""The tables and figures of the scaling laws, from the logs of paper.isoflop's runs."""
+"""The tables and figures of the scaling laws, from the logs of paper.isoflop's runs.
+
+Those in results/ count N in total and C as executed; of other conventions the tables are printed.
+"""
 
 import csv
 
 import numpy as np
 
 from data import replacing
-from paper import draw, scaling
-from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, noise,
-                           papers_design, points_of, rows_of)
+from paper import draw
+from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
+                           noise, papers_design, points_of, rows_of)
 from paper.runs import RESULTS
-from paper.scaling import Law, Points
+from paper.scaling import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles,
+                           simulate, without_each)
+from paper.scaling import isoflop as exponent_of
 from paper.tables import markdown
 
 PARAMETERS = "E", "A", "alpha", "B", "beta", "exponent"
+CONVENTIONS = [(count, flops) for flops in ("executed", "6nd") for count in ("total", "blocks")]
 WHERE = {name: RESULTS / name for name in ("isoflop", "parametric")}
 COLOURS = {"spectron": draw.BLUE, "dense": draw.BLACK}
 SETTING = ("nano, two layers of many widths, 512 tokens a step of the offline corpus, "
@@ -25,8 +31,8 @@ def collected(count: str, flops: str) -> tuple[dict, dict, dict]:
     points = {kind: points_of(r, count, flops) for kind, r in rows.items()}
     budgets = {}
     for kind, p in points.items():
-        nearest = np.abs(np.log(p.C)[:, None] - np.log(BUDGETS)).argmin(1)
-        budgets[kind] = [float(np.exp(np.log(p.C[nearest == i]).mean())) for i in sorted(set(nearest))]
+        of = np.array([BUDGETS.index(row["budget"]) for row in rows[kind] if is_kept(row)])
+        budgets[kind] = [float(np.exp(np.log(p.C[of == i]).mean())) for i in sorted(set(of))]
     return rows, points, budgets
 
 
@@ -42,35 +48,42 @@ def isoflop_table(rows, points, budgets) -> str:
     """What Approach 2 finds, the gap, the noise and the learning rates, as Markdown."""
     parts, sigmas = [], [noise(rows[kind]) for kind in KINDS]
     for kind, sigma in zip(KINDS, sigmas):
-        found = scaling.profiles(points[kind], budgets[kind])
-        parts += [f"## {KINDS[kind].label}\n", markdown(
-            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there", "inside its grid"],
-            [[f"{p.C:.2e}", str(len(p.x)), str(len(set(p.x))), f"{p.N / 1e3:,.0f}k",
-              f"{p.C / 6 / p.N / 1e6:.2f}M", f"{p.L:.3f}", "yes" if p.inside else "no, left out"]
-             for p in found]), exponents(points[kind], budgets[kind])]
-        parts += [f"Standard deviation between seeds, at {SEEDED:.0e} FLOPs: {sigma:.4f} nats.\n"]
+        parts += [f"## {KINDS[kind].label}\n", minima(points[kind], budgets[kind]),
+                  exponents(points[kind], budgets[kind]),
+                  f"Standard deviation between seeds, at {SEEDED:.2g} FLOPs: {sigma:.4f} nats.\n"]
     gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"], sigmas)
     parts += ["## The best dense model minus the best low-rank one\n", markdown(
         ["FLOPs", "nats per byte", "95% interval"],
         [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
-         for C, x, a, b in zip(budgets["spectron"], gap, low, high)])]
+         for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)])]
     parts += ["## Other learning rates\n", markdown(
         ["", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
     return "\n".join(parts)
 
 
+def minima(points: Points, budgets) -> str:
+    """Each budget's parabola."""
+    return markdown(
+        ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"],
+        [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
+          f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] if p.inside else
+         [f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), "outside its grid, left out", "", ""]
+         for p in profiles(points, budgets)])
+
+
 def exponents(points: Points, budgets) -> str:
     """Of N_opt and D_opt with their intervals, and without each budget, by both approaches."""
-    second, laws = scaling.bootstrap(points, budgets)
-    found = {"parabolas": (scaling.isoflop(points, budgets), second),
-             "parametric": (scaling.fit_law(points).exponent, [law.exponent for law in laws])}
-    left_out = {C: (a, b) for C, a, b in scaling.without_each(points, budgets)}
+    second, laws = bootstrap(points, budgets)
+    left_out = without_each(points, budgets)
     rows = []
-    for i, (name, (a, drawn)) in enumerate(found.items()):
-        low, high = scaling.interval(drawn)
-        rows.append([name, f"{a:.3f}", f"{low:.3f} to {high:.3f}", f"{1 - a:.3f}",
-                     ", ".join(f"{pair[i]:.3f}" for pair in left_out.values())])
-    return markdown(["", "a of N_opt = k C^a", "95% interval", "1 - a, of D_opt",
+    for i, (name, a, d, drawn) in enumerate((
+            ("parabolas", exponent_of(points, budgets), exponent_of(points, budgets, "D"), second),
+            ("parametric law", (law := fit_law(points)).exponent, 1 - law.exponent,
+             [law.exponent for law in laws]))):
+        low, high = interval(drawn)
+        rows.append([name, f"{a:.3f}", f"{low:.3f} to {high:.3f}", f"{d:.3f}",
+                     ", ".join(f"{found[1 + i]:.3f}" for found in left_out)])
+    return markdown(["", "a of N_opt ~ C^a", "95% interval", "exponent of D_opt",
                      "a without each budget, smallest first"], rows)
 
 
@@ -85,20 +98,28 @@ def checked(rows) -> list[list[str]]:
     return table
 
 
+def log_axis(axis, label: str, unit: float = 1.0, suffix: str = "") -> None:
+    """A logarithmic axis with ticks at 1, 2, 5, 10, ..., as far as the data reach."""
+    low, high = axis.get_data_interval()
+    ticks = [d * 10.0**e for e in range(3, 15) for d in (1, 2, 5) if low / 1.1 < d * 10.0**e < high * 1.1]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}label": label})
+    axis.set_ticks(ticks, labels=[f"{tick / unit:g}{suffix}" for tick in ticks])
+    axis.set_minor_formatter("")
+
+
 def figure9(points, budgets):
     """Loss over size at each budget, low-rank and dense, with the parabolas and their minima."""
     fig, axes = draw.panels(2, 10.5, sharey=True)
     for ax, kind in zip(axes, KINDS):
         p = points[kind]
-        nearest = np.abs(np.log(p.C)[:, None] - np.log(budgets[kind])).argmin(1)
-        for i, fitted in enumerate(scaling.profiles(p, budgets[kind])):
-            colour, x = draw.COLOURS[i], np.linspace(fitted.x.min(), fitted.x.max(), 50)
-            ax.plot(p.N[nearest == i], p.L[nearest == i], "o", ms=4, color=colour,
-                    label=f"{BUDGETS[i]:.1e} FLOPs")
+        for i, fitted in enumerate(profiles(p, budgets[kind])):
+            N = fitted.points.N
+            colour, x = draw.COLOURS[i], np.linspace(*np.log([N.min(), N.max()]), 50)
+            ax.plot(N, fitted.points.L, "o", ms=4, color=colour, label=f"{BUDGETS[i]:.1e} FLOPs")
             ax.plot(np.exp(x), np.polyval(fitted.coefficients, x), color=colour, lw=1.3)
             if fitted.inside:
                 ax.axvline(fitted.N, color=colour, ls="--", lw=1)
-        ax.set(xscale="log", xlabel=f"parameters, {KINDS[kind].label}")
+        log_axis(ax.xaxis, f"parameters, {KINDS[kind].label}", 1e3, "k")
     axes[0].set_ylabel("final validation loss (nats per byte)")
     draw.legend_below(fig, axes[0], columns=4)
     return fig
@@ -107,22 +128,23 @@ def figure9(points, budgets):
 def figure8(points, budgets):
     """N_opt and D_opt over the budget, each with its power law and the paper's slope."""
     fig, axes = draw.panels(2, 9.5)
-    for ax, slope, of, label in ((axes[0], 0.479, lambda p: p.N, "parameters at the minimum"),
-                                 (axes[1], 0.521, lambda p: p.C / 6 / p.N, "tokens at the minimum")):
+    for ax, slope, of, label in ((axes[0], 0.479, "N", "parameters at the minimum"),
+                                 (axes[1], 0.521, "D", "tokens at the minimum")):
         for kind in KINDS:
-            found = [p for p in scaling.profiles(points[kind], budgets[kind]) if p.inside]
+            found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
             if len(found) < 2:
                 continue
-            C, y = [p.C for p in found], [of(p) for p in found]
-            exponent, factor = scaling.power_law(C, y)
+            C, y = [p.C for p in found], [getattr(p, of) for p in found]
+            exponent, factor = power_law(C, y)
             ax.plot(C, y, "o", color=COLOURS[kind])
             ax.plot(C, factor * np.array(C)**exponent, color=COLOURS[kind],
-                    label=f"{KINDS[kind].label}" + f": C^{exponent:.2f}" * (ax is axes[0]))
+                    label=f"{KINDS[kind].label}: C^{exponent:.2f}")
             if kind == "spectron":
                 middle = np.exp(np.log(C).mean()), np.exp(np.log(y).mean())
                 ax.plot(C, middle[1] * (np.array(C) / middle[0])**slope, "--", color="0.4",
                         label="the paper's slopes, C^0.479 and C^0.521")
-        ax.set(xscale="log", yscale="log", xlabel="training FLOPs (executed)", ylabel=label)
+        log_axis(ax.xaxis, "training FLOPs (executed)")
+        log_axis(ax.yaxis, label, *((1e3, "k") if of == "N" else (1e6, "M")))
     draw.legend_below(fig, axes[0])
     return fig
 
@@ -133,8 +155,8 @@ def gap_figure(rows, points, budgets):
                             [noise(rows[kind]) for kind in KINDS])
     ax.errorbar(budgets["spectron"], gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
     ax.axhline(0, color="0.4", lw=1)
-    ax.set(xscale="log", xlabel="training FLOPs (executed)",
-           ylabel="best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
+    log_axis(ax.xaxis, "training FLOPs (executed)")
+    ax.set_ylabel("best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
     return fig
 
 
@@ -142,12 +164,12 @@ def residuals_figure(points):
     """What the parametric law leaves, over size and over tokens."""
     fig, axes = draw.panels(2, 9.5, sharey=True)
     for kind in KINDS:
-        p, law = points[kind], scaling.fit_law(points[kind])
+        p, law = points[kind], fit_law(points[kind])
         for ax, x in zip(axes, (p.N, p.D)):
             ax.plot(x, p.L - law(p.N, p.D), "o", ms=4, color=COLOURS[kind], label=KINDS[kind].label)
-    for ax, label in zip(axes, ("parameters", "tokens")):
+    for ax, label, unit, suffix in (axes[0], "parameters", 1e3, "k"), (axes[1], "tokens", 1e6, "M"):
         ax.axhline(0, color="0.4", lw=1)
-        ax.set(xscale="log", xlabel=label)
+        log_axis(ax.xaxis, label, unit, suffix)
     axes[0].set_ylabel("loss minus fitted law (nats per byte)")
     draw.legend_below(fig, axes[0])
     return fig
@@ -171,14 +193,16 @@ def precision_figure(spreads: dict):
 
 def isoflop(count: str = "total", flops: str = "executed") -> None:
     rows, points, budgets = collected(count, flops)
+    table = (f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N {count}, FLOPs {flops}. "
+             f"`python -m paper.reproduce isoflop`\n\n{isoflop_table(rows, points, budgets)}")
+    if (count, flops) != CONVENTIONS[0]:
+        return print(table)
     where = WHERE["isoflop"]
     where.mkdir(parents=True, exist_ok=True)
     write_csv(rows)
     with replacing(where / "table.md", "w") as file:
-        file.write(f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N {count}, FLOPs {flops}. "
-                   f"`python -m paper.reproduce isoflop`, [every run](runs.csv)\n\n"
-                   f"{isoflop_table(rows, points, budgets)}\n![profiles](figure9.png)\n"
-                   "![optima](figure8.png)\n![gap](gap.png)\n")
+        file.write(f"{table}\n## The exponent a, counted otherwise\n\n{conventions()}\n[Every run](runs.csv)"
+                   "\n\n![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     draw.save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
     draw.save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute",
               SETTING)
@@ -187,31 +211,49 @@ def isoflop(count: str = "total", flops: str = "executed") -> None:
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
 
+def conventions() -> str:
+    """The same runs, with N without embedding and head, and with C as 6 N D."""
+    table = []
+    for count, flops in CONVENTIONS:
+        _, points, budgets = collected(count, flops)
+        table.append([f"{count}, {flops}", *(f"{a:.3f}" for kind in KINDS for a in (
+            exponent_of(points[kind], budgets[kind]), fit_law(points[kind]).exponent))])
+    return markdown(["N, FLOPs", *(f"{KINDS[kind].label}, {by}" for kind in KINDS
+                                   for by in ("parabolas", "law"))], table)
+
+
 def parametric(count: str = "total", flops: str = "executed") -> None:
     _, points, budgets = collected(count, flops)
-    where, table = WHERE["parametric"], []
+    table = (f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
+             "`python -m paper.reproduce parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
+             f"{laws_table(points, budgets)}")
+    if count != CONVENTIONS[0][0]:
+        return print(table)
+    where, design = WHERE["parametric"], papers_design()
     where.mkdir(parents=True, exist_ok=True)
-    for kind, p in points.items():
-        law, (_, laws) = scaling.fit_law(p), scaling.bootstrap(p, budgets[kind])
-        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})" for key in PARAMETERS
-                 for a, b in [scaling.interval([getattr(x, key) for x in laws])]]
-        table.append([KINDS[kind].label, str(len(p)), *cells, ", ".join(law.at_bounds()) or "none"])
-    design = papers_design()
-    spreads = {sigma: scaling.simulate(design, PAPER_BUDGETS, sigma) for sigma in (0.005, 0.01, 0.02)}
+    spreads = {sigma: simulate(design, PAPER_BUDGETS, sigma) for sigma in (0.005, 0.01, 0.02)}
     precision = markdown(["noise of a run (nats)", "a by parabolas", "a by the parametric law"], [
         [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
         for sigma, found in spreads.items()])
     with replacing(where / "table.md", "w") as file:
-        file.write(f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
-                   "`python -m paper.reproduce parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
-                   + markdown(["", "runs", "E", "A", "alpha", "B", "beta", "a = beta / (alpha + beta)",
-                               "at a bound"], table)
-                   + "\n![residuals](residuals.png)\n\n## What the paper's design can tell\n\n"
+        file.write(f"{table}\n![residuals](residuals.png)\n\n## What the paper's design can tell\n\n"
                    f"400 studies of {len(design)} runs of the paper's sizes and budgets, with its own law as "
-                   f"the truth, whose a is {Law(**scaling.PAPER).exponent:.3f}.\n\n{precision}\n"
+                   f"the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n{precision}\n"
                    "![precision](precision.png)\n")
     draw.save(residuals_figure(points), where / "residuals.png", "What the parametric law leaves", SETTING)
     draw.save(precision_figure(spreads), where / "precision.png",
               "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
               "400 simulated studies of 39 runs each, the paper's parametric law as the truth")
     print(f"{where}/table.md, residuals.png, precision.png")
+
+
+def laws_table(points, budgets) -> str:
+    """The fitted law of each kind, with intervals."""
+    table = []
+    for kind, p in points.items():
+        law, (_, laws) = fit_law(p), bootstrap(p, budgets[kind])
+        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})" for key in PARAMETERS
+                 for a, b in [interval([getattr(x, key) for x in laws])]]
+        table.append([KINDS[kind].label, str(len(p)), *cells, ", ".join(law.at_bounds()) or "none"])
+    return markdown(["", "runs", "E", "A", "alpha", "B", "beta", "a = beta / (alpha + beta)", "at a bound"],
+                    table)

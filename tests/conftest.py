@@ -71,3 +71,11 @@ def fails(capsys):
         for fragment in fragments:
             assert str(fragment) in message, f"{fragment!r} is not in: {message}"
     return call
+
+
+@pytest.fixture
+def in_a_copy(tmp_path, monkeypatch):
+    """A working directory with the committed logs and no other results."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "runs").symlink_to(ROOT / "results" / "runs")
+    monkeypatch.chdir(tmp_path)

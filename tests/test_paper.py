@@ -291,13 +291,6 @@ def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
 #        What has been committed       #
 ########################################
 
-@pytest.fixture
-def in_a_copy(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "runs").symlink_to(ROOT / "results" / "runs")
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize("name", DONE)
 def test_committed_tables_are_what_the_committed_logs_say(name, in_a_copy):
     for directory in (ROOT / "results" / name).iterdir():
