@@ -164,11 +164,12 @@ def rows_of(kind: str) -> list[dict]:
     for log in sorted(runs.directory(LADDER).glob(f"{kind}-*.jsonl")):
         header, records = read_log(log)
         c, last = header["config"], records[-1]
-        parameters_ = cost(config_of(c["size"], kind))
+        counted = cost(config_of(c["size"], kind))
         budget = min(BUDGETS, key=lambda C: abs(math.log(last["flops"] / C)))
         found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"], "seed": c["seed"],
-                      "total": parameters_["total"], "blocks": parameters_["blocks"], "steps": c["steps"],
-                      "tokens": last["tokens"], "executed": last["flops"], "loss": final_loss(log)})
+                      "total": counted["total"], "blocks": counted["blocks"], "steps": c["steps"],
+                      "tokens": last["tokens"], "executed": last["flops"], "loss": final_loss(log),
+                      "seconds": last["seconds"]})
     return found
 
 
