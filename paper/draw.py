@@ -170,6 +170,19 @@ def loss_over_lr(found, paper: dict, scale):
     return fig
 
 
+def loss_by_arm(found, paper: dict, scale):
+    """A row for each arm: the loss at its best learning rate, and small those at its others."""
+    fig, (ax,) = panels(1, 9.5, 0.9 + 0.33 * len(found))
+    for row, o in enumerate(found):
+        others = [loss for loss in o.grid.values() if loss is not None]
+        ax.plot(others, [row] * len(others), ls="", marker="|", ms=9, color="0.6")
+        ax.plot(o.mean, row, marker="o", ms=6, color=BLUE)
+    ax.set_yticks(range(len(found)), labels=[o.label for o in found])
+    ax.invert_yaxis()
+    ax.set_xlabel(f"final validation loss ({unit(found)}; dots: the best learning rate, bars: the others)")
+    return fig
+
+
 def transfer(found, paper: dict, scale):
     """A panel for each method: how far each width and rank ends above its own best loss."""
     by_name = {o.arm: o for o in found}

@@ -229,6 +229,10 @@ EXPERIMENTS = {
         ("spectron", "equilibrated", *(f"{name}-flops" for name in runs.DEARER)), draw.loss_over_memory, "",
         "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
         pairs=against_first, memory=True),
+    "claims": Experiment(
+        "What the rivals' own settings are worth", tuple(runs.CLAIMS), draw.loss_by_arm, "",
+        "GaLore's own gap of 200 steps never ends in a run of 200; ReLoRA's own is a restart each quarter.",
+        few=True, single=None, pairs=lambda found: []),
     "transfer": Experiment(
         "The learning rate over widths and rank ratios", tuple(sum(runs.TRANSFERRED.values(), [])),
         draw.transfer, "", "Models of two layers, seed 0.", single=None, pairs=lambda found: []),

@@ -92,6 +92,17 @@ DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-gu
 for _name in DEARER[1:]:
     ARMS[f"{_name}-flops"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, equal FLOPs", steps="flops",
                                      twin="spectron")
+CLAIMS = ["sct", "sct-rank32", "sct-rank16", "sct-rank8", "sct-s_lr=0.1", "sct-s_lr=10", "galore",
+          "galore-gap=50", "galore-gap=10", "relora", "relora-every=200", "relora-every=25"]
+for _rank in 8, 16, 32:
+    ARMS[f"sct-rank{_rank}"] = replace(ARMS["sct"], label=f"SCT, rank {_rank}",
+                                       flags=f"--method sct --rank_ratio {_rank / 256}")
+for _name, _args, _label in [
+        ("sct", "s_lr=0.1", "s at a tenth of the lr"), ("sct", "s_lr=10", "s at ten times the lr"),
+        ("galore", "gap=50", "gap 50"), ("galore", "gap=10", "gap 10"),
+        ("relora", "every=200", "no restart"), ("relora", "every=25", "seven restarts")]:
+    ARMS[f"{_name}-{_args}"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_label}",
+                                       flags=f"{ARMS[_name].flags} --method_args {_args}")
 TRANSFERRED = {"spectron": [], "orthogonalize": [], "adamw": []}  # over four widths and three rank ratios
 for _name, _arms in TRANSFERRED.items():
     for _size, _ratio in [(f"nano-2x{width}", 0.25) for width in (32, 64, 128, 256)] + [

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import eval as evaluation
 import train
@@ -163,6 +164,23 @@ def test_sct_stays_at_lr_0_and_weight_decay_alone_changes_s_alone():
     sct_step(layer, lr=0.1, weight_decay=0.5)
     assert all(torch.allclose(p, before[name] * (0.95 if name == "s" else 1), atol=1e-6)
                for name, p in layer.named_parameters())
+
+
+def test_scts_claim_of_199_times_less_memory_holds_by_count_and_as_measured():
+    """Weight, gradient and Adam's moments of one matrix of a 70B model's MLP at rank 32; measured on one
+    whose sides are 64 times smaller, as is the rank's place beside them."""
+    with torch.device("meta"):
+        layer = SCTLinear(8192, 28672, 32)
+    assert 8192 * 28672 / sum(p.numel() for p in layer.parameters()) == pytest.approx(199.1, abs=0.05)
+    sct, dense, held = SCTLinear(128, 448, 1), nn.Linear(128, 448, bias=False), {}
+    optimizers = {"sct": (sct, StiefelAdamW([{"params": [sct.A, sct.B]}, {"params": [sct.s]}])),
+                  "dense": (dense, torch.optim.AdamW(dense.parameters()))}
+    for name, (layer, optimizer) in optimizers.items():
+        layer(torch.randn(2, 128)).sum().backward()
+        optimizer.step()
+        held[name] = sum(x.nbytes for p in layer.parameters() for x in (
+            p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]))
+    assert held["dense"] == 16 * 128 * 448 and held["sct"] == 16 * (128 + 448 + 1)
 
 
 def test_the_retraction_keeps_the_span_and_the_direction():
