@@ -198,7 +198,8 @@ def noise(rows: list[dict]) -> float:
 
 def lowest(points: Points, budgets) -> np.ndarray:
     """The loss at the minimum of each budget's parabola; nan where it has none inside its grid."""
-    return np.array([p.L if p.inside else np.nan for p in scaling.profiles(points, budgets)])
+    found = {p.C: p.L for p in scaling.profiles(points, budgets) if p.inside}
+    return np.array([found.get(C, np.nan) for C in budgets])
 
 
 def gaps(low: Points, dense: Points, budgets, sigmas, times: int = 400) -> tuple[np.ndarray, np.ndarray]:

@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import ROOT
-from paper import isoflop, runs
+from paper import isoflop, runs, scaling_report
 from paper.scaling import (CHINCHILLA, Law, Points, bootstrap, design, fit_law, interval, power_law,
                            profiles, simulate, without_each)
 
@@ -134,3 +136,15 @@ def test_a_run_of_the_ladder_has_the_steps_that_its_budget_pays_for():
         assert made.lr == isoflop.lr_of(kind, steps)
         spent = steps * isoflop.LADDER.tokens_per_step * isoflop.cost(isoflop.config_of(size, kind))["flops"]
         assert spent == pytest.approx(isoflop.BUDGETS[2], rel=0.01)
+
+
+def test_committed_laws_are_what_the_committed_logs_say(in_a_copy):
+    """Word by word and number by number, which may differ by what another machine's rounding does."""
+    number = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
+    scaling_report.isoflop()
+    scaling_report.parametric()
+    for file in "isoflop/table.md", "isoflop/runs.csv", "parametric/table.md":
+        made, committed = (where.joinpath("results", file).read_text("utf-8") for where in (Path(), ROOT))
+        assert number.sub("#", made) == number.sub("#", committed), f"python -m paper.reproduce {file[:-9]}"
+        values = [[float(x.replace(",", "")) for x in number.findall(text)] for text in (made, committed)]
+        assert values[0] == pytest.approx(values[1], rel=0.02, abs=2e-3), file
