@@ -23,7 +23,8 @@ from tools.plot import read_log
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
-CHECKED, CHECKED_AT, TIMES = ("nano-2x32", "nano-2x96"), 4.7e11, (0.5, 2)  # of the learning rate
+CHECKED = {4.7e11: ("nano-2x32", "nano-2x96"), 4.5e12: ("nano-2x96",)}  # at other learning rates, too:
+TIMES = 0.5, 2
 KINDS = {"spectron": Arm("low-rank, Spectron", "", 0.037, swept=False),
          "dense": Arm("dense, Muon", "--method dense", 0.0145, swept=False)}  # lr: of a run of 1,000 steps
 CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
@@ -98,9 +99,8 @@ def make() -> None:
         if budget == SEEDED:
             runs.make_all([run(kind, size, budget, seed) for kind in KINDS for size in losses(kind, budget)
                            for seed in range(1, SEEDS)], LADDER)
-        if budget == CHECKED_AT:
-            runs.make_all([run(kind, size, budget, 0, times) for kind in KINDS for size in CHECKED
-                           for times in (1, *TIMES)], LADDER)
+        runs.make_all([run(kind, size, budget, 0, times) for kind in KINDS
+                       for size in CHECKED.get(budget, ()) for times in (1, *TIMES)], LADDER)
 
 
 ########################################

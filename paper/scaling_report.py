@@ -9,7 +9,7 @@ import numpy as np
 
 from data import replacing
 from paper import draw
-from paper.isoflop import (BUDGETS, CHECKED, CHECKED_AT, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
+from paper.isoflop import (BUDGETS, CHECKED, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
                            noise, papers_design, points_of, rows_of)
 from paper.runs import RESULTS
 from paper.scaling import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles,
@@ -57,7 +57,7 @@ def isoflop_table(rows, points, budgets) -> str:
         [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
          for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)])]
     parts += ["## Other learning rates\n", markdown(
-        ["", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
+        ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
     return "\n".join(parts)
 
 
@@ -88,13 +88,14 @@ def exponents(points: Points, budgets) -> str:
 
 
 def checked(rows) -> list[list[str]]:
+    """The losses of the runs that were repeated at other learning rates."""
     table = []
-    for kind in KINDS:
-        for size in CHECKED:
-            by_lr = {r["lr"]: r["loss"] for r in rows[kind] if r["size"] == size and r["budget"] == CHECKED_AT
-                     and r["seed"] == 0}
-            losses = ("diverged" if loss is None else f"{loss:.3f}" for _, loss in sorted(by_lr.items()))
-            table.append([KINDS[kind].label, size, *losses])
+    for budget, size, kind in [(C, size, kind) for C, sizes in CHECKED.items() for size in sizes
+                               for kind in KINDS]:
+        by_lr = {r["lr"]: r["loss"] for r in rows[kind]
+                 if (r["size"], r["budget"], r["seed"]) == (size, budget, 0)}
+        losses = ("diverged" if loss is None else f"{loss:.3f}" for _, loss in sorted(by_lr.items()))
+        table.append([KINDS[kind].label, f"{budget:.2g}", size, *losses])
     return table
 
 
