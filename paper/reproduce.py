@@ -48,7 +48,8 @@ numbers are of size S (94M parameters, FineWeb), so only their order and their r
 - `data/imdb-bytes` is the first 8,000 lines of an IMDb reviews file:
   `python -m tools.prepare text imdb.jsonl --tokenizer bytes --out data/imdb-bytes`.
 
-Elsewhere: [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md),
+Elsewhere: [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md), the scaling laws
+by [parabolas](isoflop/table.md) and as [a law of N and D](parametric/table.md), Figures 8 and 9,
 [speed](bench/README.md), [the tasks beside lm-evaluation-harness](evals/README.md).
 """
 

@@ -208,7 +208,7 @@ def isoflop(count: str = "total", flops: str = "executed") -> None:
     draw.save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute",
               SETTING)
     draw.save(gap_figure(rows, points, budgets), where / "gap.png",
-              "How far the best low-rank model is ahead of the best dense one", SETTING)
+              "At equal FLOPs, each at its own best size, dense ends lower", SETTING)
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
 
