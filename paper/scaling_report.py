@@ -228,7 +228,7 @@ def parametric(count: str = "total", flops: str = "executed") -> None:
     table = (f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
              "`python -m paper.reproduce parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
              f"{laws_table(points, budgets)}")
-    if count != CONVENTIONS[0][0]:
+    if (count, flops) != CONVENTIONS[0]:
         return print(table)
     where, design = WHERE["parametric"], papers_design()
     where.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,17 @@ def test_a_run_of_the_ladder_has_the_steps_that_its_budget_pays_for():
         assert spent == pytest.approx(isoflop.BUDGETS[2], rel=0.01)
 
 
+@pytest.mark.parametrize("kind,low,high", [("spectron", 0.12, 0.31), ("dense", 0.10, 0.21)])
+def test_what_6_n_d_leaves_out_of_the_ladders_models_is_what_the_docs_say(in_a_copy, kind, low, high):
+    """The embedding is a look-up and no product, so that it does not count."""
+    shares = []
+    for size in {row["size"] for row in isoflop.rows_of(kind)}:
+        config = isoflop.config_of(size, kind)
+        cost = isoflop.cost(config)
+        shares.append(1 - 6 * (cost["total"] - config.vocab_size * config.dim) / cost["flops"])
+    assert (round(min(shares), 2), round(max(shares), 2)) == (low, high)
+
+
 def test_committed_laws_are_what_the_committed_logs_say(in_a_copy):
     """Word by word and number by number, which may differ by what another machine's rounding does."""
     number = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
