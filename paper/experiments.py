@@ -217,6 +217,12 @@ EXPERIMENTS = {
         "Equilibrated Spectron, a method of our own, ends lower and bears higher learning rates",
         ("spectron", "equilibrated"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
+    "neighbours": Experiment(
+        "Equilibrated Spectron beside its neighbours, tuned alike",
+        ("equilibrated", "equilibrated-2", "spectron", "equilibrated-muon", "orthogonalize", "lora-muon",
+         "dense", "self-guided-muon-flops"), draw.loss_over_lr, "",
+        "Self-guided training has as many steps as cost what Spectron's do.", pairs=against_first,
+        memory=True),
     "rivals": Experiment(
         "The methods of low-rank pretraining side by side",
         ("spectron", "equilibrated", *RIVALS, "orthogonalize", "renormalize", "neither", "dense",

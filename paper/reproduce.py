@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data import Parser, UserError, command, number, positive, replacing
 from model import ALIASES, SIZES, count_parameters
-from paper import draw, isoflop, runs, scaling_report
+from paper import draw, equilibrated, isoflop, runs, scaling_report
 from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
 from paper.runs import ARMS, RESULTS, Run, Scale, log_of
 from paper.tables import markdown
@@ -249,6 +249,18 @@ def prepare(name: str, scale: Scale) -> None:
             runs.score(Run(o.arm, o.lr), scale, TASKS)
 
 
+def equilibrated_everywhere() -> None:
+    """Equilibrated Spectron in all of its settings, and results/equilibrated/README.md across them."""
+    for scale in equilibrated.scales().values():
+        prepare("equilibrated", scale)
+        report("equilibrated", scale)
+    found, where = equilibrated.pairs(), RESULTS / "equilibrated"
+    write(where / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
+          f"equilibrated`\n\n{equilibrated.table(found)}\n![figure](figure.png)\n")
+    draw.save(equilibrated.figure(found), where / "figure.png", EXPERIMENTS["equilibrated"].title, "")
+    print(f"{where}/README.md, figure.png")
+
+
 def scaling_laws(args) -> None:
     """Sections 6 and D: their plan, or what runs are missing and then what was fitted."""
     if args.plan:
@@ -289,6 +301,8 @@ def main(argv=None):
         return write_counts(args.name)
     if args.name in scaling_report.WHERE:
         return scaling_laws(args)
+    if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
+        return equilibrated_everywhere()
     scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, args.seeds)
     wanted = [name for name in EXPERIMENTS if args.name in (name, "all")]
     if scale.nano and "fig7" in wanted:

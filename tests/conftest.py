@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 # Tiny tensors are as fast on one thread, and children that share the cores do not slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,7 +12,7 @@ import torch
 
 import data
 import train
-from tools import prepare
+from tools import prepare, report
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
@@ -45,6 +46,15 @@ def corpus(tmp_path_factory):
         path = directory / f"{split}_000000.bin"
         data.write_shard(path, data.open_shard(path)[:count].copy())
     return directory
+
+
+@pytest.fixture(autouse=True)
+def short_end(request, monkeypatch):
+    """The sample and the figure at the end of a run take longer than a tiny run: most tests do without."""
+    if not request.node.get_closest_marker("whole_end"):
+        monkeypatch.setattr(report, "plot", SimpleNamespace(figure=lambda runs, path: None))
+        monkeypatch.setattr(report, "sample", SimpleNamespace(generate=lambda *args, **more: [],
+                                                              texts=lambda *args: []))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ def torchrun(where, ranks: int, flags, before: str = FLOAT64, after: str = "", t
     script = where / f"rank_of_{ranks}.py"
     argv = [*tiny, *map(str, flags)]
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}import train\n"
+                      "from tools import report\nreport.end_of_run = lambda *args: None\n"
                       f"train.main({argv!r})\n{after}")
     ranked = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     done = subprocess.run([sys.executable, *ranked, str(script)], cwd=where, capture_output=True, text=True,

@@ -40,6 +40,7 @@ def largest_difference(one, two):
 #            What a run does           #
 ########################################
 
+@pytest.mark.whole_end
 def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
     out = run("--steps", 30, "--eval_every", 10, "--spectra_every", 5)
     header, rows = plot.read_log(out)

@@ -1,0 +1,57 @@
+"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike: a table, a figure."""
+
+from paper import draw, runs
+from paper.experiments import Outcome, gap, outcomes_of
+from paper.runs import Scale
+from paper.tables import markdown
+
+SETTINGS = [("the offline corpus", {"seeds": 5}), ("IMDb reviews", {"data": "data/imdb-bytes", "seeds": 5}),
+            ("3.6 times the parameters", {"scale": "nano-7.3M"}), ("4 times the steps", {"steps": 800}),
+            ("twice the tokens a step", {"tokens_per_step": 4096, "seeds": 5})]
+GOAL = -0.03  # nats
+
+
+def scales() -> dict[str, Scale]:
+    """By the name of the setting."""
+    return {label: runs.scale_of(**{"scale": "nano", "lrs": 5} | given) for label, given in SETTINGS}
+
+
+def pairs() -> dict[str, list[Outcome]]:
+    """(Spectron, equilibrated Spectron) in every setting whose runs are there."""
+    found = {label: outcomes_of("equilibrated", scale) for label, scale in scales().items()}
+    return {label: pair for label, pair in found.items() if all(o.logs for o in pair)}
+
+
+def table(found: dict) -> str:
+    head = ["", "steps x tokens", "lr", "Spectron", "lr", "equilibrated", "difference", "95% interval",
+            "seeds", "lr within 5%", "FLOPs of each"]
+    rows = []
+    for label, (plain, even) in found.items():
+        difference, interval, seeds = gap(plain, even)
+        scale = scales()[label]
+        rows.append([label, f"{scale.steps} x {scale.tokens_per_step:,}", f"{plain.lr:g}", str(plain),
+                     f"{even.lr:g}", str(even), f"{difference:+.3f}",
+                     "" if interval is None else f"± {interval:.3f}", str(seeds),
+                     f"{plain.width}, {even.width}", f"{plain.flops:.2e}"])
+    return markdown(head, rows)
+
+
+def figure(found: dict):
+    """Left, the differences with their intervals; right, the learning-rate curves, each over the best loss
+    of Spectron in its setting."""
+    fig, (left, right) = draw.panels(2, 10.5, width_ratios=[1, 1.3])
+    for row, (label, (plain, even)) in enumerate(found.items()):
+        difference, interval, _ = gap(plain, even)
+        left.errorbar(difference, row, xerr=interval or 0, color=draw.COLOURS[row], marker="o", capsize=3)
+        for o, line in (plain, "--"), (even, "-"):
+            shown = [(lr, loss - plain.grid[plain.lr]) for lr, loss in o.grid.items() if loss is not None]
+            right.plot(*zip(*shown), color=draw.COLOURS[row], ls=line, marker="os^vD"[row], ms=4, lw=1.5,
+                       label=label if line == "-" else None)
+    left.axvline(0, color="0.5", lw=0.8)
+    left.axvline(GOAL, color="0.5", lw=1, ls=":")
+    left.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.4, -0.6),
+             xlabel="equilibrated minus Spectron (nats per byte)\n95% intervals; dotted: the goal")
+    right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
+              ylabel="final loss above Spectron's best")
+    draw.legend_below(fig, right)
+    return fig
