@@ -244,7 +244,10 @@ EXPERIMENTS = {
         draw.transfer, "", "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, each arm's lr at its best for 3e-3",
-        tuple(runs.ADAM_SWEEP), draw.loss_over_adam_lr, "", "", single=None, pairs=lambda found: []),
+        tuple(runs.VARIED["adam_lr"]), draw.loss_over_adam_lr, "", "", single=None, pairs=lambda found: []),
+    "momentum": Experiment(
+        "The momentum, 0.9 where not said", tuple(runs.VARIED["momentum"]), draw.loss_by_arm, "", "",
+        single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",

@@ -110,15 +110,16 @@ for _name, _arms in TRANSFERRED.items():
         _arms.append(f"{_name}@{_size}@{_ratio:g}")
         ARMS[_arms[-1]] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_size[5:]}, rank {_ratio:g}",
                                   size=_size, flags=f"{ARMS[_name].flags} --rank_ratio {_ratio:g}")
-ADAM_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of embedding, head and norms; all other runs have the third
-ADAM_ARMS = {"spectron": 0.1, "equilibrated": 0.2, "orthogonalize": 0.02, "dense": 0.05, "adamw": 1e-3}
-ADAM_SWEEP = [*ADAM_ARMS]
-for _name, _lr in ADAM_ARMS.items():
-    for _adam_lr in (x for x in ADAM_LRS if x != 3e-3):
-        ARMS[f"{_name}-adam{_adam_lr:g}"] = replace(
-            ARMS[_name], label=f"{ARMS[_name].label}, adam_lr {_adam_lr:g}", lr=_lr, swept=False,
-            flags=f"{ARMS[_name].flags} --adam_lr {_adam_lr:g}")
-        ADAM_SWEEP.append(f"{_name}-adam{_adam_lr:g}")
+# What all runs have in common, varied at an arm's best learning rate; the third and the second are the usual
+ADAM_LRS, MOMENTA = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95)
+ADAM_ARMS = {"spectron": 0.2, "equilibrated": 0.2, "orthogonalize": 0.05, "dense": 0.05, "adamw": 1e-3}
+VARIED = {"adam_lr": [*ADAM_ARMS], "momentum": ["spectron", "equilibrated"]}
+for _flag, _values, _usual in ("adam_lr", ADAM_LRS, 3e-3), ("momentum", MOMENTA, 0.9):
+    for _name, _value in [(name, value) for name in VARIED[_flag] for value in _values if value != _usual]:
+        VARIED[_flag].append(f"{_name}-{_flag.removesuffix('_lr')}{_value:g}")
+        ARMS[VARIED[_flag][-1]] = replace(
+            ARMS[_name], label=f"{ARMS[_name].label}, {_flag} {_value:g}", lr=ADAM_ARMS[_name], swept=False,
+            flags=f"{ARMS[_name].flags} --{_flag} {_value:g}")
 
 
 ########################################
