@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import replacing
 from model import SIZES, count_parameters
-from paper.runs import ADAM_ARMS, ADAM_LRS, ARMS, TRANSFERRED, Run, log_of
+from paper.runs import ADAM_LRS, ARMS, TRANSFERRED, Run, log_of
 from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
@@ -202,12 +202,12 @@ def transfer(found, paper: dict, scale):
 def loss_over_adam_lr(found, paper: dict, scale):
     """Of seed 0, a line for each arm."""
     fig, (ax,) = panels(1, 8, 4.6)
-    for base, lr in ADAM_ARMS.items():
-        losses = {adam_lr: o.grid.get(lr) for o in found for adam_lr in ADAM_LRS
-                  if o.arm == (base if adam_lr == 3e-3 else f"{base}-adam{adam_lr:g}")}
-        shown = sorted((x, loss) for x, loss in losses.items() if loss is not None)
-        if shown:
-            ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
+    by_name, lines = {o.arm: o for o in found}, {}
+    for base, lr, adam_lr, arm in ADAM_LRS:
+        if (loss := by_name[arm].grid.get(lr)) is not None:
+            lines.setdefault((base, lr), []).append((adam_lr, loss))
+    for (base, lr), shown in lines.items():
+        ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
     ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
            ylabel=f"final validation loss ({unit(found)})")
     legend_below(fig, ax)

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -90,13 +90,13 @@ class Outcome:
         lrs = sorted(self.grid)
         good = [lr for lr in lrs if self.lr and self.grid[lr] is not None
                 and self.grid[lr] <= 1.05 * self.grid[self.lr]]
-        if not good:
+        if not good or len(lrs) < 2:
             return ""
         return "≥ " * (good[0] == lrs[0] or good[-1] == lrs[-1]) + f"{good[-1] / good[0]:g}x"
 
     def __str__(self) -> str:
         if not self.losses:
-            return "diverged at every lr"
+            return "diverged at every lr" if self.grid else "not run"
         lost = len(self.by_seed) - len(self.losses)
         return (f"{self.mean:.3f}" + (f" ± {self.sd:.3f}" if self.sd is not None else "")
                 + (f", {lost} of {len(self.by_seed)} diverged" if lost else ""))
@@ -244,9 +244,10 @@ EXPERIMENTS = {
         draw.transfer, "", "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, each arm's lr at its best for 3e-3",
-        tuple(runs.VARIED["adam_lr"]), draw.loss_over_adam_lr, "", "", single=None, pairs=lambda found: []),
+        tuple(arm for *_, arm in runs.ADAM_LRS), draw.loss_over_adam_lr, "", "", single=None,
+        pairs=lambda found: []),
     "momentum": Experiment(
-        "The momentum, 0.9 where not said", tuple(runs.VARIED["momentum"]), draw.loss_by_arm, "", "",
+        "The momentum, 0.9 where not said", tuple(arm for *_, arm in runs.MOMENTA), draw.loss_by_arm, "", "",
         single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
@@ -290,4 +291,7 @@ def single_of(name: str, scale: Scale) -> tuple:
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
+    """Where one seed is enough for all arms, the others that some have are left out."""
+    if EXPERIMENTS[name].single is None:
+        scale = replace(scale, seeds=1)
     return [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]

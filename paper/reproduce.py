@@ -170,7 +170,7 @@ def report(name: str, scale: Scale) -> None:
         indent=1) + "\n")
     lost = [o.label for o in found if not o.logs]
     if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr, draw.loss_over_adam_lr):
-        return print(f"{where}/table.md, table.json; no figure: {', '.join(lost)} diverged at every lr")
+        return print(f"{where}/table.md, table.json; no figure: no loss of {', '.join(lost)}")
     message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
     draw.save(e.figure(found, paper, scale), where / "figure.png", message or e.title, setting(scale))
     print(f"{where}/table.md, table.json, figure.png", flush=True)

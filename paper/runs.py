@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -83,6 +84,10 @@ ARMS = {
     "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
     "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
 }
+# AdamW's factors want another adam_lr than Spectron's and Muon's, which have train.py's: see ADAM_LRS
+for _name in ("adamw", "self-guided", "dense-adamw", "adamw-ffn", "self-guided-ffn", "galore", "fira",
+              "sltrain", "relora", "sct", "tsvd", "cola"):
+    ARMS[_name] = replace(ARMS[_name], flags=f"{ARMS[_name].flags} --adam_lr 0.03")
 LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for _size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
     ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
@@ -96,7 +101,7 @@ CLAIMS = ["sct", "sct-rank32", "sct-rank16", "sct-rank8", "sct-s_lr=0.1", "sct-s
           "galore-gap=50", "galore-gap=10", "relora", "relora-every=200", "relora-every=25"]
 for _rank in 8, 16, 32:
     ARMS[f"sct-rank{_rank}"] = replace(ARMS["sct"], label=f"SCT, rank {_rank}",
-                                       flags=f"--method sct --rank_ratio {_rank / 256}")
+                                       flags=f"{ARMS['sct'].flags} --rank_ratio {_rank / 256}")
 for _name, _args, _label in [
         ("sct", "s_lr=0.1", "s at a tenth of the lr"), ("sct", "s_lr=10", "s at ten times the lr"),
         ("galore", "gap=50", "gap 50"), ("galore", "gap=10", "gap 10"),
@@ -110,16 +115,24 @@ for _name, _arms in TRANSFERRED.items():
         _arms.append(f"{_name}@{_size}@{_ratio:g}")
         ARMS[_arms[-1]] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_size[5:]}, rank {_ratio:g}",
                                   size=_size, flags=f"{ARMS[_name].flags} --rank_ratio {_ratio:g}")
-# What all runs have in common, varied at an arm's best learning rate; the third and the second are the usual
-ADAM_LRS, MOMENTA = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95)
-ADAM_ARMS = {"spectron": 0.2, "equilibrated": 0.2, "orthogonalize": 0.05, "dense": 0.05, "adamw": 1e-3}
-VARIED = {"adam_lr": [*ADAM_ARMS], "momentum": ["spectron", "equilibrated"]}
-for _flag, _values, _usual in ("adam_lr", ADAM_LRS, 3e-3), ("momentum", MOMENTA, 0.9):
-    for _name, _value in [(name, value) for name in VARIED[_flag] for value in _values if value != _usual]:
-        VARIED[_flag].append(f"{_name}-{_flag.removesuffix('_lr')}{_value:g}")
-        ARMS[VARIED[_flag][-1]] = replace(
-            ARMS[_name], label=f"{ARMS[_name].label}, {_flag} {_value:g}", lr=ADAM_ARMS[_name], swept=False,
-            flags=f"{ARMS[_name].flags} --{_flag} {_value:g}")
+
+
+def vary(flag: str, short: str, values: tuple, arms: dict) -> list[tuple]:
+    """(arm, its lr, value, the arm with this value) for all; an arm has the middle value itself."""
+    found = []
+    for (name, lr), value in product(arms.items(), values):
+        other = name if value == values[len(values) // 2] else f"{name}-{short}{value:g}"
+        found.append((name, lr, value, other))
+        if other != name:
+            ARMS[other] = replace(ARMS[name], label=f"{ARMS[name].label}, {flag} {value:g}", lr=lr,
+                                  flags=f"{ARMS[name].flags} --{flag} {value:g}", swept=False)
+    return found
+
+
+ADAM_LRS = (vary("adam_lr", "adam", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+                 {"spectron": 0.2, "equilibrated": 0.2, "orthogonalize": 0.05, "dense": 0.05})
+            + vary("adam_lr", "adam", (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), {"adamw": 1e-3}))
+MOMENTA = vary("momentum", "momentum", (0.8, 0.9, 0.95), {"spectron": 0.2, "equilibrated": 0.2})
 
 
 ########################################
