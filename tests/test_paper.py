@@ -96,7 +96,8 @@ def test_a_loss_above_that_of_knowing_nothing_is_a_divergence(store):
     assert runs.final_loss(store(Run("adamw", 1e-3), math.log(320) - 0.01)) is not None
     assert runs.final_loss(store(Run("adamw", 2e-3), math.log(320) + 0.01)) is None
     assert runs.final_loss(store(Run("adamw", 5e-3), None)) is None
-    for lr in 1e-3, 2e-3, 5e-3:
+    assert str(experiments.outcome("neither", NANO)) == "not run"
+    for lr in 0.5, 1.0, 2.0:
         store(Run("neither", lr), "gone")
     o = experiments.outcome("neither", NANO)
     assert o.lr is None and str(o) == "diverged at every lr" and o.losses == []
