@@ -17,7 +17,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -84,10 +83,6 @@ ARMS = {
     "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
     "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
 }
-# AdamW's factors want another adam_lr than Spectron's and Muon's, which have train.py's: see ADAM_LRS
-for _name in ("adamw", "self-guided", "dense-adamw", "adamw-ffn", "self-guided-ffn", "galore", "fira",
-              "sltrain", "relora", "sct", "tsvd", "cola"):
-    ARMS[_name] = replace(ARMS[_name], flags=f"{ARMS[_name].flags} --adam_lr 0.03")
 LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for _size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
     ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
@@ -117,22 +112,25 @@ for _name, _arms in TRANSFERRED.items():
                                   size=_size, flags=f"{ARMS[_name].flags} --rank_ratio {_ratio:g}")
 
 
-def vary(flag: str, short: str, values: tuple, arms: dict) -> list[tuple]:
-    """(arm, its lr, value, the arm with this value) for all; an arm has the middle value itself."""
+def vary(flag: str, short: str, usual: float, arms: dict) -> list[tuple]:
+    """(arm, its lr, value, the arm with this value) for all, from (lr, values) by arm. Others have the usual
+    one."""
     found = []
-    for (name, lr), value in product(arms.items(), values):
-        other = name if value == values[len(values) // 2] else f"{name}-{short}{value:g}"
-        found.append((name, lr, value, other))
-        if other != name:
-            ARMS[other] = replace(ARMS[name], label=f"{ARMS[name].label}, {flag} {value:g}", lr=lr,
-                                  flags=f"{ARMS[name].flags} --{flag} {value:g}", swept=False)
+    for name, (lr, values) in arms.items():
+        for value in values:
+            other = name if value == usual else f"{name}-{short}{value:g}"
+            found.append((name, lr, value, other))
+            if other != name:
+                ARMS[other] = replace(ARMS[name], label=f"{ARMS[name].label}, {flag} {value:g}", lr=lr,
+                                      flags=f"{ARMS[name].flags} --{flag} {value:g}", swept=False)
     return found
 
 
-ADAM_LRS = (vary("adam_lr", "adam", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-                 {"spectron": 0.2, "equilibrated": 0.2, "orthogonalize": 0.05, "dense": 0.05})
-            + vary("adam_lr", "adam", (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), {"adamw": 1e-3}))
-MOMENTA = vary("momentum", "momentum", (0.8, 0.9, 0.95), {"spectron": 0.2, "equilibrated": 0.2})
+_five, _three = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95)
+ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
+    "spectron": (0.2, _five), "equilibrated": (0.2, _five), "orthogonalize": (0.05, _five),
+    "dense": (0.05, _five), "adamw": (1e-3, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1))})
+MOMENTA = vary("momentum", "momentum", 0.9, {"spectron": (0.2, _three), "equilibrated": (0.2, _three)})
 
 
 ########################################
