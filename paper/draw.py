@@ -7,7 +7,8 @@ from pathlib import Path
 
 from data import replacing
 from model import SIZES, count_parameters
-from paper.runs import ADAM_LRS, ARMS, TRANSFERRED, Run, log_of
+from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
+from paper.runs import Run, log_of
 from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS

@@ -13,7 +13,8 @@ import torch
 import train
 from model import ALIASES, Llama, LlamaConfig
 from paper import draw, runs
-from paper.runs import ARMS, Run, Scale, best_of, final_loss, log_of, tried
+from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, TRANSFERRED
+from paper.runs import Run, Scale, best_of, final_loss, log_of, tried
 from tools import plan
 from tools.plot import read_log
 
@@ -182,7 +183,7 @@ def paper_table3(size: str) -> dict:
 
 
 def ladder(scale: Scale) -> tuple:
-    sizes = runs.LADDERS["nano" if scale.nano else "paper"]
+    sizes = LADDERS["nano" if scale.nano else "paper"]
     return tuple(f"{kind}@{size}" if size != "nano"
                  else {"spectron": "spectron", "dense": "dense-flops"}[kind]
                  for kind in ("spectron", "dense") for size in sizes)
@@ -232,22 +233,22 @@ EXPERIMENTS = {
         pairs=against_first, memory=True),
     "rivals-flops": Experiment(
         "The same methods at equal executed FLOPs",
-        ("spectron", "equilibrated", *(f"{name}-flops" for name in runs.DEARER)), draw.loss_over_memory, "",
+        ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory, "",
         "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
         pairs=against_first, memory=True),
     "claims": Experiment(
-        "What the rivals' own settings are worth", tuple(runs.CLAIMS), draw.loss_by_arm, "",
+        "What the rivals' own settings are worth", tuple(CLAIMS), draw.loss_by_arm, "",
         "GaLore's own gap of 200 steps never ends in a run of 200; ReLoRA's own is a restart each quarter.",
         few=True, single=None, pairs=lambda found: []),
     "transfer": Experiment(
-        "The learning rate over widths and rank ratios", tuple(sum(runs.TRANSFERRED.values(), [])),
+        "The learning rate over widths and rank ratios", tuple(sum(TRANSFERRED.values(), [])),
         draw.transfer, "", "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, each arm's lr at its best for 3e-3",
-        tuple(arm for *_, arm in runs.ADAM_LRS), draw.loss_over_adam_lr, "", "", single=None,
+        tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr, "", "", single=None,
         pairs=lambda found: []),
     "momentum": Experiment(
-        "The momentum, 0.9 where not said", tuple(arm for *_, arm in runs.MOMENTA), draw.loss_by_arm, "", "",
+        "The momentum, 0.9 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
         single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,

@@ -20,8 +20,9 @@ from data import Parser, UserError, command, open_split, replacing
 from eval import load_checkpoint, load_model
 from model import Llama, LlamaConfig, block_matrices
 from paper import draw, metrics, runs
+from paper.arms import ARMS
 from paper.experiments import outcome
-from paper.runs import ARMS, OUT, RESULTS, Run
+from paper.runs import OUT, RESULTS, Run
 from paper.tables import markdown
 
 WHERE = RESULTS / "geometry"

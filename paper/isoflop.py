@@ -16,7 +16,8 @@ import torch
 
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
 from paper import runs, scaling
-from paper.runs import ARMS, Arm, Run, Scale, final_loss, log_of
+from paper.arms import ARMS, Arm
+from paper.runs import Run, Scale, final_loss, log_of
 from paper.scaling import Law, Points
 from paper.tables import markdown
 from tools.plot import read_log

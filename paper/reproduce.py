@@ -20,8 +20,9 @@ from pathlib import Path
 from data import Parser, UserError, command, number, positive, replacing
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, equilibrated, isoflop, runs, scaling_report
+from paper.arms import ARMS
 from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
-from paper.runs import ARMS, RESULTS, Run, Scale, log_of
+from paper.runs import RESULTS, Run, Scale, log_of
 from paper.tables import markdown
 
 TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")

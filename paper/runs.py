@@ -1,4 +1,4 @@
-"""The runs behind the paper's tables and figures: which there are, and how each is made, once.
+"""The runs behind the paper's tables and figures: how each is made, once.
 
 A run is train.py as a user calls it. Its log, thinned, goes to
 results/runs/<scale>/<arm>-lr<lr>-seed<seed>.jsonl and feeds every table and figure that wants it; a run whose
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ import torch
 import train
 from data import UserError, replacing
 from model import NANO_SIZES, Llama, LlamaConfig
+from paper.arms import ARMS, Arm
 from tools.safety import lock
 from tools.plot import read_log
 
@@ -33,104 +34,6 @@ MOST_LRS = 15  # of an arm: around each arm's own, the series reaches as far
 FEW = 3  # learning rates of an arm that is one of many, or costs much
 WIDER = 2  # times that a grid may grow where its best is at the edge
 KEPT = 100  # steps of a log, beside those that were validated
-
-
-########################################
-#                 Arms                 #
-########################################
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of a table: how it is trained, and the learning rate around which its grid lies."""
-    label: str
-    flags: str = ""
-    lr: float = 0.1  # at nano; above, one place lower in the series
-    steps: str = "same"  # or "flops", "time": as many as cost what `twin` costs
-    twin: str = ""
-    size: str = ""  # where it is not that of the scale
-    swept: bool = True  # over learning rates; otherwise it has this one
-    budget: float = 0.0  # executed FLOPs, which then decide the steps
-
-
-ARMS = {
-    "spectron": Arm("Spectron"),
-    "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize", 0.02),
-    "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
-    "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
-    "adamw": Arm("AdamW", "--method adamw", 1e-3),
-    "self-guided": Arm("self-guided, AdamW", "--method self-guided", 1e-3),
-    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
-    "dense": Arm("dense, Muon", "--method dense", 0.02),
-    "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
-    "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
-    "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
-    "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
-    "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
-    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
-                             "optimizer=muon", 0.02, "flops", "spectron"),
-    "galore": Arm("GaLore", "--method galore", 1e-2),
-    "fira": Arm("Fira", "--method fira", 1e-2),
-    "sltrain": Arm("SLTrain", "--method sltrain", 2e-3),
-    "relora": Arm("ReLoRA", "--method relora", 2e-3),
-    "sct": Arm("SCT", "--method sct", 1e-3),
-    "tsvd": Arm("TSVD-style", "--method tsvd", 1e-3),
-    "cola": Arm("CoLA", "--method cola", 2e-3),
-    "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
-    "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
-    "spectron-ffn": Arm("Spectron", "--factorize ffn"),
-    "adamw-ffn": Arm("AdamW", "--method adamw --factorize ffn", 1e-3),
-    "self-guided-ffn": Arm("self-guided, AdamW", "--method self-guided --factorize ffn", 1e-3),
-    "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
-    "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
-}
-LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
-for _size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
-    ARMS[f"spectron@{_size}"] = Arm(f"Spectron {_size}", size=_size)
-    ARMS[f"dense@{_size}"] = Arm(f"dense {_size}", "--method dense", 0.02, "flops", f"spectron@{_size}",
-                                 _size)
-DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
-for _name in DEARER[1:]:
-    ARMS[f"{_name}-flops"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, equal FLOPs", steps="flops",
-                                     twin="spectron")
-CLAIMS = ["sct", "sct-rank32", "sct-rank16", "sct-rank8", "sct-s_lr=0.1", "sct-s_lr=10", "galore",
-          "galore-gap=50", "galore-gap=10", "relora", "relora-every=200", "relora-every=25"]
-for _rank in 8, 16, 32:
-    ARMS[f"sct-rank{_rank}"] = replace(ARMS["sct"], label=f"SCT, rank {_rank}",
-                                       flags=f"{ARMS['sct'].flags} --rank_ratio {_rank / 256}")
-for _name, _args, _label in [
-        ("sct", "s_lr=0.1", "s at a tenth of the lr"), ("sct", "s_lr=10", "s at ten times the lr"),
-        ("galore", "gap=50", "gap 50"), ("galore", "gap=10", "gap 10"),
-        ("relora", "every=200", "no restart"), ("relora", "every=25", "seven restarts")]:
-    ARMS[f"{_name}-{_args}"] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_label}",
-                                       flags=f"{ARMS[_name].flags} --method_args {_args}")
-TRANSFERRED = {"spectron": [], "orthogonalize": [], "adamw": []}  # over four widths and three rank ratios
-for _name, _arms in TRANSFERRED.items():
-    for _size, _ratio in [(f"nano-2x{width}", 0.25) for width in (32, 64, 128, 256)] + [
-            ("nano-2x128", 0.125), ("nano-2x128", 0.5)]:
-        _arms.append(f"{_name}@{_size}@{_ratio:g}")
-        ARMS[_arms[-1]] = replace(ARMS[_name], label=f"{ARMS[_name].label}, {_size[5:]}, rank {_ratio:g}",
-                                  size=_size, flags=f"{ARMS[_name].flags} --rank_ratio {_ratio:g}")
-
-
-def vary(flag: str, short: str, usual: float, arms: dict) -> list[tuple]:
-    """(arm, its lr, value, the arm with this value) for all, from (lr, values) by arm. Others have the usual
-    one."""
-    found = []
-    for name, (lr, values) in arms.items():
-        for value in values:
-            other = name if value == usual else f"{name}-{short}{value:g}"
-            found.append((name, lr, value, other))
-            if other != name:
-                ARMS[other] = replace(ARMS[name], label=f"{ARMS[name].label}, {flag} {value:g}", lr=lr,
-                                      flags=f"{ARMS[name].flags} --{flag} {value:g}", swept=False)
-    return found
-
-
-_five, _three = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95)
-ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
-    "spectron": (0.2, _five), "equilibrated": (0.2, _five), "orthogonalize": (0.05, _five),
-    "dense": (0.05, _five), "adamw": (1e-3, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1))})
-MOMENTA = vary("momentum", "momentum", 0.9, {"spectron": (0.2, _three), "equilibrated": (0.2, _three)})
 
 
 ########################################

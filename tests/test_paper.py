@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT, TINY
 from model import NANO_SIZES, SIZES, count_parameters
 from paper import experiments, reproduce, runs
-from paper.runs import ARMS, Run
+from paper.arms import ARMS
+from paper.runs import Run
 
 NANO = runs.scale_of("nano")
 DONE = [name for name in experiments.EXPERIMENTS if (ROOT / f"results/{name}/nano/table.json").is_file()]

@@ -1,0 +1,111 @@
+"""The arms: every way to train that a table or figure compares with another."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: how it is trained, and the learning rate around which its grid lies."""
+    label: str
+    flags: str = ""
+    lr: float = 0.1  # at nano; above, one place lower in the series
+    steps: str = "same"  # or "flops", "time": as many as cost what `twin` costs
+    twin: str = ""
+    size: str = ""  # where it is not that of the scale
+    swept: bool = True  # over learning rates; otherwise it has this one
+    budget: float = 0.0  # executed FLOPs, which then decide the steps
+
+
+ARMS = {
+    "spectron": Arm("Spectron"),
+    "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize", 0.02),
+    "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
+    "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
+    "adamw": Arm("AdamW", "--method adamw", 1e-3),
+    "self-guided": Arm("self-guided, AdamW", "--method self-guided", 1e-3),
+    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
+    "dense": Arm("dense, Muon", "--method dense", 0.02),
+    "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
+    "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
+    "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
+    "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
+    "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
+    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
+                             "optimizer=muon", 0.02, "flops", "spectron"),
+    "galore": Arm("GaLore", "--method galore", 1e-2),
+    "fira": Arm("Fira", "--method fira", 1e-2),
+    "sltrain": Arm("SLTrain", "--method sltrain", 2e-3),
+    "relora": Arm("ReLoRA", "--method relora", 2e-3),
+    "sct": Arm("SCT", "--method sct", 1e-3),
+    "tsvd": Arm("TSVD-style", "--method tsvd", 1e-3),
+    "cola": Arm("CoLA", "--method cola", 2e-3),
+    "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
+    "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
+    "spectron-ffn": Arm("Spectron", "--factorize ffn"),
+    "adamw-ffn": Arm("AdamW", "--method adamw --factorize ffn", 1e-3),
+    "self-guided-ffn": Arm("self-guided, AdamW", "--method self-guided --factorize ffn", 1e-3),
+    "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
+    "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
+}
+
+
+def add(base: str, name: str, label: str = "", flags: str = "", **more) -> str:
+    """An arm like another, with more flags and more in its label; returns its name."""
+    arm = ARMS[base]
+    ARMS[name] = replace(arm, label=", ".join(filter(None, [arm.label, label])),
+                         flags=f"{arm.flags} {flags}".strip(), **more)
+    return name
+
+
+########################################
+#          Models of all sizes         #
+########################################
+
+LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
+for size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
+    ARMS[f"spectron@{size}"] = Arm(f"Spectron {size}", size=size)
+    ARMS[f"dense@{size}"] = Arm(f"dense {size}", "--method dense", 0.02, "flops", f"spectron@{size}", size)
+
+SHAPES = [*((width, 0.25) for width in (32, 64, 128, 256)), (128, 0.125), (128, 0.5)]  # width, rank ratio
+TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
+                            f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
+               for method in ("spectron", "orthogonalize", "adamw")}
+
+
+########################################
+#              The rivals              #
+########################################
+
+DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
+for name in DEARER[1:]:
+    add(name, f"{name}-flops", "equal FLOPs", steps="flops", twin="spectron")
+
+CLAIMS = [  # the rivals' own settings, varied
+    "sct",
+    *(add("sct", f"sct-rank{r}", f"rank {r}", f"--rank_ratio {r / 256}") for r in (32, 16, 8)),
+    *(add("sct", f"sct-s_lr={x}", f"s at {label} the lr", f"--method_args s_lr={x}")
+      for x, label in (("0.1", "a tenth of"), ("10", "ten times"))),
+    "galore", *(add("galore", f"galore-gap={x}", f"gap {x}", f"--method_args gap={x}") for x in (50, 10)),
+    "relora", *(add("relora", f"relora-every={x}", label, f"--method_args every={x}")
+                for x, label in ((200, "no restart"), (25, "seven restarts")))]
+
+
+########################################
+#     What other arms have in common   #
+########################################
+
+def vary(flag: str, short: str, usual: float, arms: dict) -> list[tuple]:
+    """(arm, its lr, value, the arm with this value) for all, from (lr, values) by arm. Others have the usual
+    one."""
+    def other(name, lr, value):
+        return add(name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr,
+                   swept=False)
+    return [(name, lr, value, name if value == usual else other(name, lr, value))
+            for name, (lr, values) in arms.items() for value in values]
+
+
+FIVE, THREE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.8, 0.9, 0.95)
+ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
+    "spectron": (0.2, FIVE), "equilibrated": (0.2, FIVE), "orthogonalize": (0.05, FIVE),
+    "dense": (0.05, FIVE), "adamw": (1e-3, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1))})
+MOMENTA = vary("momentum", "momentum", 0.9, {"spectron": (0.2, THREE), "equilibrated": (0.2, THREE)})
