@@ -204,7 +204,7 @@ FLAGS = {
                      "record it in the log as diverged and end without one, for sweeps"),
 }
 # What is smaller at nano's sizes. The paper's batch is 512 sequences of 2,048 (Appendix E.3).
-NANO = dict(tokens_per_step=4096, momentum=0.9, data="data/stdlib", steps=240)
+NANO = dict(tokens_per_step=4096, momentum=0.7, data="data/stdlib", steps=240)
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "keep_every", "spectra_every",
               "out", "stop_at", "on_nonfinite", "data"}  # at --resume
 ACTIONS = {"resume": "go on from the checkpoint in --out; auto: or start there, where there is none yet",

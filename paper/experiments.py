@@ -248,7 +248,7 @@ EXPERIMENTS = {
         tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr, "", "", single=None,
         pairs=lambda found: []),
     "momentum": Experiment(
-        "The momentum, 0.9 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
+        "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
         single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
