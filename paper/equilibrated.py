@@ -2,20 +2,11 @@
 
 from paper import draw, runs
 from paper.experiments import Outcome, gap, outcomes_of
-from paper.runs import RESULTS, Run, Scale, final_loss, log_of
+from paper.runs import Scale
 from paper.tables import markdown
-from tools.plot import read_log
 
-SETTINGS = [("the offline corpus", {"seeds": 5}), ("IMDb reviews", {"data": "data/imdb-bytes", "seeds": 5}),
-            ("3.6 times the parameters", {"scale": "nano-7.3M"}), ("4 times the steps", {"steps": 800}),
-            ("twice the tokens a step", {"tokens_per_step": 4096, "seeds": 5})]
+SETTINGS = [("the offline corpus", {"steps": 200, "tokens_per_step": 2048, "seeds": 5})]
 GOAL = -0.03  # nats
-CANDIDATES = {
-    "no1": "the radius without its + 1", "exact": "the radius from the exact norm of the product",
-    "after": "rows divided by their length after Newton-Schulz",
-    "kinds": "rank by kind of matrix", "kinds-equilibrated": "rank by kind, equilibrated",
-    "silu": "silu between the factors", "silu-equilibrated": "silu, equilibrated",
-    "silu-rank1": "silu, rank ratio 1", "spectron-rank1": "Spectron, rank ratio 1"}
 
 
 def scales() -> dict[str, Scale]:
@@ -62,15 +53,3 @@ def figure(found: dict):
               ylabel="final loss above Spectron's best")
     draw.legend_below(fig, right)
     return fig
-
-
-def candidates() -> str:
-    """Other changes to Spectron, each a patch that did not stay: their losses, seed 0, beside Spectron's and
-    equilibrated Spectron's at the same learning rate."""
-    scale, rows = scales()["the offline corpus"], []
-    for name, label in CANDIDATES.items():
-        for log in sorted((RESULTS / "equilibrated" / "candidates").glob(f"{name}-lr*-seed0.jsonl")):
-            lr, loss = read_log(log)[0]["config"]["lr"], final_loss(log)
-            beside = [final_loss(log_of(Run(arm, lr), scale)) for arm in ("spectron", "equilibrated")]
-            rows.append([label, f"{lr:g}", f"{loss:.3f}", *(f"{loss - other:+.3f}" for other in beside)])
-    return markdown(["", "lr", "loss, seed 0", "over Spectron", "over equilibrated Spectron"], rows)

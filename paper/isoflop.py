@@ -26,8 +26,9 @@ BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
 CHECKED = {4.7e11: ("nano-2x32", "nano-2x96"), 4.5e12: ("nano-2x96",)}  # at other learning rates, too:
 TIMES = 0.5, 2
-KINDS = {"spectron": Arm("low-rank, Spectron", "--momentum 0.9", 0.037, swept=False),
-         "dense": Arm("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}  # lr: of a run of 1,000 steps
+KINDS = {  # the learning rate is that of a run of 1,000 steps
+    "spectron": Arm("low-rank, Spectron", "--momentum 0.9", 0.037, swept=False),
+    "dense": Arm("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}
 CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
 SIZES_HERE = [size for size in NANO_SIZES if size.startswith("nano-2x")]
 LEAST = 6  # sizes at a budget

@@ -25,7 +25,7 @@ from tools.plot import COLOURS, new_figure
 
 STEPS, TIMES = (5, 50, 200), (0, 1, 2)
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TRAIN = f"--steps {STEPS[-1]} --lr 0.1 --eval_tokens 16384 --final_eval_tokens 16384"
+TRAIN = f"--steps {STEPS[-1]} --lr 0.1 --momentum 0.9 --eval_tokens 16384 --final_eval_tokens 16384"
 
 
 def momenta(checkpoint: dict) -> dict:
@@ -109,7 +109,7 @@ def main(argv=None):
     ratios = ", ".join(f"{r['kind'].removesuffix('_proj')} {r['min_ratio']:.2f} to {r['max_ratio']:.2f}"
                        for r in records if "min_ratio" in r)
     write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
-          f"seed 0; all four blocks.\n\n{markdown(head, rows)}\nsigma_A / sigma_B after the last step, "
+          f"momentum 0.9, seed 0; all four blocks.\n\n{markdown(head, rows)}\nsigma_A / sigma_B after the last step, "
           f"the least and the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
     save(figure(records), where / "rows.png", "The rows of A of gate and up and of B of down are the uneven "
          "ones; dividing once makes the others less even, and correcting once evens all",
