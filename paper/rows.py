@@ -110,7 +110,8 @@ def main(argv=None):
                        for r in records if "min_ratio" in r)
     write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
           f"momentum 0.9, seed 0; all four blocks.\n\n{markdown(head, rows)}\n"
-          f"sigma_A / sigma_B after the last step, the least and the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
+          f"sigma_A / sigma_B after the last step, the least and the most of four blocks: {ratios}.\n\n"
+          "![figure](rows.png)\n")
     save(figure(records), where / "rows.png", "The rows of A of gate and up and of B of down are the uneven "
          "ones; dividing once makes the others less even, and correcting once evens all",
          "Size nano; two groups of bars for each matrix, A left and B right, over all blocks")
