@@ -51,5 +51,8 @@ def figure(found: dict):
              xlabel="equilibrated minus Spectron (nats per byte)\n95% intervals; dotted: the goal")
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
               ylabel="final loss above Spectron's best")
+    lrs = sorted({lr for pair in found.values() for o in pair for lr in o.grid})
+    right.set_xticks(lrs, labels=[f"{lr:g}" for lr in lrs])
+    right.xaxis.set_minor_formatter("")
     draw.legend_below(fig, right)
     return fig
