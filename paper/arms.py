@@ -108,6 +108,4 @@ FIVE, BETAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.7, 0.8, 0.9, 0.95)
 ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
     "spectron": (0.2, FIVE), "equilibrated": (0.2, FIVE), "orthogonalize": (0.05, FIVE),
     "dense": (0.05, FIVE), "adamw": (1e-3, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1))})
-MOMENTA = vary("momentum", "momentum", 0.7, {
-    "spectron": (0.2, BETAS), "equilibrated": (0.2, BETAS), "orthogonalize": (0.05, (0.7, 0.9)),
-    "dense": (0.05, (0.7, 0.9))})
+MOMENTA = vary("momentum", "momentum", 0.7, {"spectron": (0.2, BETAS), "equilibrated": (0.2, BETAS)})

@@ -19,23 +19,28 @@ model.SIZES["nano-0.6M"] = dataclasses.replace(model.SIZES["nano-0.6M"], n_layer
 """
 COMPILE = """import torch, torch._dynamo
 torch._dynamo.config.error_on_recompile = True
-real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True, backend="aot_eager")
+real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True, backend=BACKEND)
 """
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
 
 
+@needs_gcc
 def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(
         run, float64, corpus, tmp_path, monkeypatch):
-    """Through train.py, on two ranks with no_sync; validation and the probe between. Its kernels are torch's
-    own, so that here only the graph is made."""
+    """Through train.py, on one rank with real kernels, and on two with no_sync and the same graph;
+    validation, the probe and a sample between."""
     flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
              "--data", corpus]
     monkeypatch.setitem(SIZES, "nano-0.6M", dataclasses.replace(SIZES["nano-0.6M"], n_layers=1))
-    plain, compiled = run(*flags, out="plain"), tmp_path / "compiled"
-    torchrun(tmp_path, 2, [*flags, "--compile", "--batch_size", 2, "--out", compiled], SMALL + COMPILE)
-    for row, expected in zip(*(plot.read_log(out)[1] for out in (compiled, plain)), strict=True):
-        for key in "loss", "val_loss":
-            assert row[key] == pytest.approx(expected[key], abs=1e-5)
+    run(*flags, out="plain")
+    for name, ranks, size, backend in ("compiled", 1, 8, "inductor"), ("ranks", 2, 2, "aot_eager"):
+        torchrun(tmp_path, ranks, [*flags, "--compile", "--batch_size", size, "--out", tmp_path / name],
+                 SMALL + f"BACKEND = {backend!r}\n" + COMPILE, whole_end=True)
+    losses = {name: [(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
+              for name in ("plain", "compiled", "ranks")}
+    for name in "compiled", "ranks":
+        for found, expected in zip(losses[name], losses["plain"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)
 
 
 @needs_gcc
