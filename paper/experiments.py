@@ -215,7 +215,7 @@ EXPERIMENTS = {
         "Spectron and about the size of an entry's step for AdamW: the widths compare, not the places.",
         single=("dense-adamw",), pairs=guided_with_muon),
     "equilibrated": Experiment(
-        "Equilibrated Spectron, a method of our own, ends lower and bears higher learning rates",
+        "Equilibrated Spectron, a method of our own, ends lower",
         ("spectron", "equilibrated"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
     "neighbours": Experiment(
