@@ -13,7 +13,7 @@ import torch
 import train
 from model import ALIASES, Llama, LlamaConfig
 from paper import draw, runs
-from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, TRANSFERRED
+from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, RIVALS, TRANSFERRED
 from paper.runs import Run, Scale, best_of, final_loss, log_of, tried
 from tools import plan
 from tools.plot import read_log
@@ -63,13 +63,6 @@ class Outcome:
     @property
     def training_memory(self) -> int:
         return sum(self.memory[key] for key in ("weights", "gradients", "optimizer"))
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The median over the seeds, without the first step."""
-        rows = [read_log(log)[1] for log in self.logs]
-        return statistics.median((r[-1]["seconds"] - r[0]["seconds"]) / max(1, r[-1]["step"] - r[0]["step"])
-                                 for r in rows)
 
     @property
     def scores(self) -> dict:
@@ -189,7 +182,6 @@ def ladder(scale: Scale) -> tuple:
                  for kind in ("spectron", "dense") for size in sizes)
 
 
-RIVALS = "adamw", "self-guided", "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 ONE_SCHEDULE = "All arms decay to zero; the public code stops its AdamW baselines at a tenth of their lr."
 EXPERIMENTS = {
     "table2": Experiment(
@@ -226,8 +218,8 @@ EXPERIMENTS = {
         memory=True),
     "rivals": Experiment(
         "The methods of low-rank pretraining side by side",
-        ("spectron", "equilibrated", *RIVALS, "orthogonalize", "renormalize", "neither", "dense",
-         "dense-adamw"), draw.loss_over_memory, "",
+        ("spectron", "equilibrated", "adamw", "self-guided", *RIVALS, "orthogonalize", "renormalize",
+         "neither", "dense", "dense-adamw"), draw.loss_over_memory, "",
         "All on one schedule but ReLoRA, whose restarts have their own. Memory is of weights, gradients and "
         "optimizer state, without activations.",
         pairs=against_first, memory=True),

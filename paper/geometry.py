@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from data import Parser, UserError, command, open_split, replacing
-from eval import load_checkpoint, load_model
+from eval import choose_device, load_checkpoint, load_model
 from model import Llama, LlamaConfig, block_matrices
 from paper import draw, metrics, runs
 from paper.arms import ARMS
@@ -79,9 +79,9 @@ class Loss:
     """Mean loss of a dense Llama with given weights on fixed validation tokens."""
 
     def __init__(self, config: LlamaConfig, data: str, tokenizer: str):
-        self.split = open_split(data, "val", config.seq_len, tokenizer)
-        self.x, self.y = self.split.read(range(min(WINDOWS, self.split.windows)))
-        self.model = Llama(replace(config, rank_ratio=None))
+        self.split, device = open_split(data, "val", config.seq_len, tokenizer), choose_device()
+        self.x, self.y = (t.to(device) for t in self.split.read(range(min(WINDOWS, self.split.windows))))
+        self.model = Llama(replace(config, rank_ratio=None)).to(device)
         self.names = sorted(name for name, _ in self.model.named_parameters())
 
     @torch.no_grad()
@@ -110,10 +110,11 @@ def activations(model, x) -> list[torch.Tensor]:
 def measure(run: Run, step: int) -> dict:
     """Every metric of one checkpoint; those over weights are left out where there is no W."""
     full = Run(FULL, lr_of(FULL), run.seed)
+    device = choose_device()
     saved = {at: checkpoint(run, at) for at in (step - KEPT, step) if at > 0}
     config = saved[step]["config"]
-    model = load_model(saved[step], "cpu").eval()
-    full_model = load_model(checkpoint(full, step), "cpu").eval()
+    model = load_model(saved[step], device).eval()
+    full_model = load_model(checkpoint(full, step), device).eval()
     loss = Loss(model.config, config["data"], config["tokenizer"])
     found = {"arm": run.arm, "seed": run.seed, "step": step} | compared(model, full_model, loss.x)
     here = materialised(model)
@@ -123,7 +124,7 @@ def measure(run: Run, step: int) -> dict:
     found |= {"loss": loss(weights)} | landscape(loss, weights)
     found["dense_barrier"] = metrics.barrier(
         metrics.path(loss, weights, list(materialised(full_model).values())))
-    before = materialised(load_model(saved[step - KEPT], "cpu")) if step > KEPT else None
+    before = materialised(load_model(saved[step - KEPT], device)) if step > KEPT else None
     if before:
         found["consecutive_barrier"] = metrics.barrier(metrics.path(loss, list(before.values()), weights))
     return found | spectra(here, before)
@@ -194,7 +195,7 @@ def make() -> None:
 
 def basins() -> dict:
     """The barrier between each two methods after the last step of seed 0."""
-    models = {arm: load_model(checkpoint(Run(arm, lr_of(arm)), STEPS), "cpu") for arm in ARMS_HERE}
+    models = {arm: load_model(checkpoint(Run(arm, lr_of(arm)), STEPS), choose_device()) for arm in ARMS_HERE}
     weights = {arm: list(found.values()) for arm, model in models.items() if (found := materialised(model))}
     config = checkpoint(Run(FULL, lr_of(FULL)), STEPS)["config"]
     loss = Loss(models[FULL].config, config["data"], config["tokenizer"])

@@ -19,7 +19,7 @@ from torch import Tensor
 def random_direction(weights: list[Tensor], seed: int, normalised: bool = False) -> list[Tensor]:
     """Standard normal, of one size per entry; normalised: of each tensor's own norm."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(w.shape, generator=generator) for w in weights]
+    drawn = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
     return [d * w.norm() / d.norm() for d, w in zip(drawn, weights)] if normalised else drawn
 
 

@@ -77,7 +77,7 @@ def table(name: str, scale: Scale) -> str:
         if costs and o.logs:
             memory = o.memory
             row += [f"{memory['parameters']:,}", f"{memory['optimizer'] / 1e6:.1f}",
-                    f"{o.training_memory / 1e6:.1f}", f"{o.seconds_per_step:.2f}"]
+                    f"{o.training_memory / 1e6:.1f}", f"{runs.seconds_per_step(o.arm, scale):.2f}"]
         if paper:
             theirs = paper.get(o.arm, math.inf)
             row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]

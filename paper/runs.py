@@ -76,8 +76,7 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
 
 
 def steps_of(name: str, scale: Scale) -> int:
-    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs; in time, what
-    was decided with its first run."""
+    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs."""
     arm = ARMS[name]
     if arm.budget:
         return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
@@ -85,9 +84,6 @@ def steps_of(name: str, scale: Scale) -> int:
     steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
         return steps
-    begun = [*directory(scale).glob(f"{name}-lr*.jsonl"), *(OUT / scale.name).glob(f"{name}-lr*/log.jsonl")]
-    if arm.steps == "time" and begun:
-        return read_log(begun[0])[0]["config"]["steps"]
     cost = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
     return max(1, round(steps * cost(arm.twin, scale) / cost(name, scale)))
 
@@ -104,22 +100,13 @@ def flops_per_token(name: str, scale: Scale) -> float:
 
 
 def seconds_per_step(name: str, scale: Scale) -> float:
-    """The median over the logs of its pacemaker."""
-    name, times = pacemaker(name), []
-    for log in directory(scale).glob(f"{name}-lr*.jsonl"):
-        records = read_log(log)[1]
-        if len(records) > 1 and records[-1].get("seconds"):
-            times.append((records[-1]["seconds"] - records[0]["seconds"])
-                         / (records[-1]["step"] - records[0]["step"]))
-    if not times:
-        raise UserError(f"equal wall-clock needs a run of {name!r} in {directory(scale)}: "
-                        f"{reproduce('fig12', scale)}")
-    return statistics.median(times)
-
-
-def pacemaker(name: str) -> str:
-    """The arm that is trained alike, for the steps of its scale."""
-    return next(other for other, arm in ARMS.items() if arm.flags == ARMS[name].flags and arm.steps == "same")
+    """Of an arm with these flags, as paper.seconds timed it beside the others."""
+    path = RESULTS / "seconds" / f"{scale.size}.json"
+    timed = json.loads(path.read_text("utf-8"))["seconds"] if path.is_file() else {}
+    for other in timed:
+        if ARMS[other].flags == ARMS[name].flags:
+            return timed[other]
+    raise UserError(f"{path} has no seconds of {name!r}: python -m paper.seconds --scale {scale.size}")
 
 
 def reproduce(name: str, scale: Scale) -> str:
@@ -178,11 +165,12 @@ def is_finished(log: Path) -> bool:
 def command(run: Run, scale: Scale) -> list[str]:
     """What a user would type."""
     steps = steps_of(run.arm, scale)
-    gpus = torch.cuda.device_count()
+    gpus = 1 if scale.nano else torch.cuda.device_count()
     python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] \
         if gpus > 1 else [sys.executable]
-    often = ["--eval_every", str(math.ceil(steps / 8)), "--save_every", str(math.ceil(steps / 2)),
-             "--eval_tokens", "16384"] if scale.nano else ["--eval_every", str(math.ceil(steps / 20))]
+    often = ["--eval_every", str(math.ceil(steps / (8 if scale.nano else 20)))]
+    if scale.nano:  # in float32 everywhere, so that a laptop and a GPU make the same run
+        often += ["--save_every", str(math.ceil(steps / 2)), "--eval_tokens", "16384", "--dtype", "float32"]
     if scale.steps and not scale.nano:  # shortened: validation should not take longer than training
         often += ["--eval_tokens", "1048576", "--final_eval_tokens", "10485760"]
     out = OUT / scale.name / run.name
@@ -223,12 +211,12 @@ def thinned(rows: list[str]) -> list[str]:
 
 
 def workers(scale: Scale) -> int:
-    return os.cpu_count() if scale.nano and not torch.cuda.is_available() else 1
+    return min(os.cpu_count(), 16) if scale.nano else 1
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:
-    """Those that are missing; on a CPU side by side, a thread each, which is faster than one after the other
-    with all threads. Interrupted, it lets those that run save, which the same command then goes on from."""
+    """Those that are missing; small models side by side, a thread each, which is faster than one after the
+    other with all threads. Interrupted, it lets those that run save, and the same command goes on."""
     missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale).is_file()]
     if not missing:
         return
@@ -324,11 +312,7 @@ def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> 
     in `single` with one."""
     def best(name):
         return best_of(tried(name, scale, few))
-    timed = [name for name in names if ARMS[name].steps == "time"]
-    others = [name for name in names if name not in timed]
-    first = [Run(pacemaker(name), ARMS[name].lr) for name in timed]
-    for some in others, timed:  # these wait for the speed of their twins
-        make_all(first + [Run(name, lr) for name in some for lr in lrs_of(name, scale, few)], scale)
+    make_all([Run(name, lr) for name in names for lr in lrs_of(name, scale, few)], scale)
     for _ in range(WIDER):
         make_all([Run(name, lr) for name in names if ARMS[name].swept
                   and (lr := next_lr(tried(name, scale, few)))], scale)
@@ -339,17 +323,14 @@ def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> 
 def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> str:
     """What is still to be made: runs, FLOPs, and the time that they take at the rate of the runs that are
     there."""
-    def cost(name):  # the steps of equal wall-clock are not known before the runs: about its pacemaker's
-        timed = ARMS[name].steps == "time"
-        steps = steps_of(pacemaker(name) if timed else name, scale)
-        return flops_per_token(name, scale) * scale.tokens_per_step * steps
     first = [Run(name, lr) for name in names for lr in lrs_of(name, scale, few)]
     missing = [run for run in first if not log_of(run, scale).is_file()]
     later = sum(not log_of(Run(name, best_of(tried(name, scale, few)) or 0, seed), scale).is_file()
                 for name in names if name not in single for seed in range(1, scale.seeds))
     if not missing and not later:
         return "all runs are there"
-    costs = {name: cost(name) for name in names}
+    costs = {name: flops_per_token(name, scale) * scale.tokens_per_step * steps_of(name, scale)
+             for name in names}
     flops = sum(costs[run.arm] for run in missing) + later * statistics.mean(costs.values())
     return (f"{len(first) - len(missing)} of {len(first)} runs are there; {len(missing)} and up to {later} "
             f"with other seeds are to be made, {flops:.2e} FLOPs, {duration(flops, scale)}")

@@ -141,16 +141,12 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
 def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
     dense, spectron = (runs.flops_per_token(arm, NANO) for arm in ("dense", "spectron"))
     assert runs.steps_of("dense-flops", NANO) == round(200 * spectron / dense) < 130
-    with pytest.raises(runs.UserError, match="python -m paper.reproduce fig12"):
+    with pytest.raises(runs.UserError, match="python -m paper.seconds --scale nano"):
         runs.steps_of("dense-time", NANO)
-    store(Run("spectron", 0.1), 1.5)
-    store(Run("dense", 0.02), 1.5).write_text(
-        runs.log_of(Run("spectron", 0.1), NANO).read_text().replace("20.0", "38.0").replace("1.0,", "0.0,"))
-    shutil.copy(runs.log_of(Run("dense", 0.02), NANO), runs.log_of(Run("dense", 0.05), NANO))
-    assert runs.steps_of("dense-time", NANO) == round(200 * 19 / 38)
-    begun = store(Run("dense-time", 0.02), 1.5)  # decided with the first run, whatever the speed is later
-    begun.write_text(begun.read_text().replace('"steps": 200', '"steps": 93'))
-    assert runs.steps_of("dense-time", NANO) == 93
+    Path("results/seconds").mkdir(parents=True)
+    Path("results/seconds/nano.json").write_text('{"seconds": {"spectron": 0.5, "dense": 1.0}}')
+    assert runs.steps_of("dense-time", NANO) == 100
+    assert runs.seconds_per_step("dense-flops", NANO) == 1.0  # trained as dense is
     assert runs.steps_of("spectron", runs.scale_of("S")) == 2556
     assert runs.steps_of("dense-flops", runs.scale_of("S")) == 1786
 
