@@ -18,20 +18,21 @@ class Arm:
 
 ARMS = {
     "spectron": Arm("Spectron"),
-    "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize", 0.02),
+    "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize --adam_lr 0.01", 0.02),
     "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
     "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
     "adamw": Arm("AdamW", "--method adamw --adam_lr 0.03", 1e-3),
     "self-guided": Arm("self-guided, AdamW", "--method self-guided --adam_lr 0.03", 1e-3),
-    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
+    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --adam_lr 0.03 --method_args "
+                            "optimizer=muon", 0.02),
     "dense": Arm("dense, Muon", "--method dense", 0.02),
     "dense-adamw": Arm("dense, AdamW", "--method dense-adamw --adam_lr 0.03", 1e-3),
     "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
     "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
     "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
-    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --method_args "
-                             "optimizer=muon", 0.02, "flops", "spectron"),
+    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --adam_lr 0.03 "
+                                  "--method_args optimizer=muon", 0.02, "flops", "spectron"),
     "galore": Arm("GaLore", "--method galore --adam_lr 0.03", 1e-2),
     "fira": Arm("Fira", "--method fira --adam_lr 0.03", 1e-2),
     "sltrain": Arm("SLTrain", "--method sltrain --adam_lr 0.03", 2e-3),
@@ -113,8 +114,8 @@ FIVE, BETAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.7, 0.8, 0.9, 0.95)
 TENFOLD = tuple(10 * x for x in FIVE)
 ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
     "spectron": (0.2, FIVE), "equilibrated": (0.2, FIVE), "orthogonalize": (0.05, FIVE),
-    "lora-muon": (0.2, FIVE), "self-guided-muon": (0.05, FIVE), "dense": (0.05, FIVE),
-    **{name: (ARMS[name].lr, TENFOLD) for name in ("adamw", "self-guided", "dense-adamw", *RIVALS)}})
-MOMENTA = vary("momentum", "momentum", 0.7, {
-    "spectron": (0.2, BETAS), "equilibrated": (0.2, BETAS), "orthogonalize": (0.05, BETAS),
-    "lora-muon": (0.2, BETAS), "dense": (0.05, BETAS)})
+    "lora-muon": (0.2, FIVE), "self-guided-muon": (0.02, FIVE), "dense": (0.05, FIVE),
+    "adamw": (1e-3, TENFOLD), "self-guided": (1e-3, TENFOLD), "dense-adamw": (1e-3, TENFOLD),
+    "cola": (2e-3, TENFOLD), "sltrain": (5e-3, TENFOLD), "relora": (2e-3, TENFOLD),
+    "galore": (1e-2, TENFOLD), "fira": (2e-3, TENFOLD), "sct": (5e-3, TENFOLD), "tsvd": (5e-3, TENFOLD)})
+MOMENTA = vary("momentum", "momentum", 0.7, {"spectron": (0.2, BETAS), "equilibrated": (0.2, BETAS)})

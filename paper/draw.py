@@ -167,8 +167,16 @@ def loss_over_lr(found, paper: dict, scale):
             transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
+    name_ticks(ax, {lr for o in found for lr in o.grid})
     legend_below(fig, ax)
     return fig
+
+
+def name_ticks(ax, lrs: set) -> None:
+    """The learning rates under a logarithmic axis; powers of ten where they span much."""
+    if max(lrs) < 500 * min(lrs):
+        ax.set_xticks(sorted(lrs), labels=[f"{lr:g}" for lr in sorted(lrs)])
+        ax.xaxis.set_minor_formatter("")
 
 
 def loss_by_arm(found, paper: dict, scale):
@@ -225,6 +233,8 @@ def loss_over_memory(found, paper: dict, scale):
                         **style)
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
+    ax.set_xticks(ticks := [25, 30, 40, 50, 60, 80], labels=ticks)
+    ax.xaxis.set_minor_formatter("")
     legend_below(fig, ax, columns=4)
     return fig
 

@@ -5,13 +5,16 @@ from paper.experiments import Outcome, gap, outcomes_of
 from paper.runs import Scale
 from paper.tables import markdown
 
-SETTINGS = [("the offline corpus", {"steps": 200, "tokens_per_step": 2048, "seeds": 5})]
+SETTINGS = [("the offline corpus", {"seeds": 5}),
+            ("half the batch", {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}),
+            ("a width of 384", {"scale": "nano-7.3M", "seeds": 1}),
+            ("four times the steps", {"steps": 800, "seeds": 1})]
 GOAL = -0.03  # nats
 
 
 def scales() -> dict[str, Scale]:
     """By the name of the setting."""
-    return {label: runs.scale_of(**{"scale": "nano", "lrs": 5} | given) for label, given in SETTINGS}
+    return {label: runs.scale_of(**{"scale": "nano"} | given) for label, given in SETTINGS}
 
 
 def pairs() -> dict[str, list[Outcome]]:
@@ -51,8 +54,6 @@ def figure(found: dict):
              xlabel="equilibrated minus Spectron (nats per byte)\n95% intervals; dotted: the goal")
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
               ylabel="final loss above Spectron's best")
-    lrs = sorted({lr for pair in found.values() for o in pair for lr in o.grid})
-    right.set_xticks(lrs, labels=[f"{lr:g}" for lr in lrs])
-    right.xaxis.set_minor_formatter("")
+    draw.name_ticks(right, {lr for pair in found.values() for o in pair for lr in o.grid})
     draw.legend_below(fig, right)
     return fig

@@ -8,6 +8,7 @@ multiplied out for every method that has one; CoLA, whose layers are not linear,
 """
 
 import json
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -236,7 +237,11 @@ def barriers(arms: list) -> str:
 def figure(found: dict, dimension: str):
     """Each metric of a dimension over the checkpoints, a line for each method."""
     keys = DIMENSIONS[dimension]
-    fig, axes = draw.panels(len(keys), 3.2 * len(keys), 3.8)
+    rows, columns = math.ceil(len(keys) / 4), min(4, len(keys))
+    fig = draw.new_figure(3.2 * columns, 1 + 2.8 * rows)
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(keys):]:
+        ax.remove()
     for ax, (label, key) in zip(axes, keys.items()):
         for arm, seeds in found.items():
             steps = [c["step"] for c in seeds[0] if key in c]
@@ -244,7 +249,7 @@ def figure(found: dict, dimension: str):
             if steps:
                 ax.plot(steps, np.mean(ys, 0), ms=4, lw=1.4, label=ARMS[arm].label, **draw.look(arm))
         ax.set(xlabel="step", ylabel=label)
-    draw.legend_below(fig, *axes, columns=6)
+    draw.legend_below(fig, *fig.axes, columns=5)
     return fig
 
 

@@ -30,8 +30,9 @@ COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws",
                      [row["size"] for row in PAPER["table5_sizes"]])}
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
-REPORT = [("fig12", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}), ("fig13", {}),
-          ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and what makes their scale, at nano
+REPORT = [("rivals", {}), ("rivals-flops", {}), ("claims", {}), ("neighbours", {"seeds": 5}), ("adam_lr", {}),
+          ("fig12", {}), ("transfer", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}),
+          ("fig13", {}), ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and their scale, at nano
 PROTOCOL = """# Results
 
 Every table and figure of the paper that could be run here, made by `python -m paper.reproduce report` from
@@ -145,10 +146,10 @@ def over(loss: float, best: float) -> str:
     return "" if math.isinf(loss) else f"{loss / best - 1:+.1%}"
 
 
-def setting(scale: Scale) -> str:
-    steps = f"{scale.steps:,}" if scale.steps else "the paper's"
-    return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}; up to "
-            f"{scale.seeds} seeds at each arm's best learning rate")
+def setting(scale: Scale, found) -> str:
+    steps, seeds = f"{scale.steps:,}" if scale.steps else "the paper's", max(len(o.by_seed) for o in found)
+    return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}; "
+            + ("seed 0" if seeds < 2 else f"up to {seeds} seeds at each arm's best learning rate"))
 
 
 def report(name: str, scale: Scale) -> None:
@@ -159,7 +160,7 @@ def report(name: str, scale: Scale) -> None:
     every = "\n".join(f"- {o.label}: " + ", ".join(
         f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
         for o in found)
-    write(where / "table.md", f"# {e.title}\n\n{setting(scale)}. `{runs.reproduce(name, scale)}`\n\n"
+    write(where / "table.md", f"# {e.title}\n\n{setting(scale, found)}. `{runs.reproduce(name, scale)}`\n\n"
           f"{all_tables(name, scale)}\n{e.note}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
           "![figure](figure.png)\n")
     arms = [{"arm": o.arm, "flags": ARMS[o.arm].flags, "steps": o.steps, "lr_grid": o.grid, "best_lr": o.lr,
@@ -173,7 +174,7 @@ def report(name: str, scale: Scale) -> None:
     if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr, draw.loss_over_adam_lr):
         return print(f"{where}/table.md, table.json; no figure: no loss of {', '.join(lost)}")
     message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
-    draw.save(e.figure(found, paper, scale), where / "figure.png", message or e.title, setting(scale))
+    draw.save(e.figure(found, paper, scale), where / "figure.png", message or e.title, setting(scale, found))
     print(f"{where}/table.md, table.json, figure.png", flush=True)
 
 
@@ -214,7 +215,9 @@ def results_readme() -> str:
     parts = [PROTOCOL]
     for name, given in REPORT:
         e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)
-        parts += [f"## {e.title}" + (f", on {given['data']}" if given else ""),
+        if not all(o.logs for o in outcomes_of(name, scale)):  # not run since the last change of the model
+            continue
+        parts += [f"## {e.title}" + (f", on {given['data']}" if "data" in given else ""),
                   all_tables(name, scale).strip(), f"{e.note} `{runs.reproduce(name, scale)}`, "
                   f"[figure]({name}/{scale.name}/figure.png)."]
     return "\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
