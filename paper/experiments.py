@@ -187,8 +187,9 @@ EXPERIMENTS = {
     "table2": Experiment(
         "Table 2 and Figure 10: the four corners", ("spectron", "orthogonalize", "renormalize", "neither"),
         draw.curves_and_gaps,
-        "Without orthogonalization the loss is far worse; with it, renormalization does not lower it", "The paper leaves open the direction of a momentum that is not orthogonalized. Here "
-        "the momentum is divided by its spectral norm.", paper_table2),
+        "Without orthogonalization the loss is far worse; with it, renormalization does not lower it",
+        "The paper leaves open the direction of a momentum that is not orthogonalized. Here it is divided by "
+        "its spectral norm.", paper_table2),
     "table1": Experiment(
         "Table 1 with Figures 4 and 14a: three ways to train factors", ("spectron", "self-guided", "adamw"),
         draw.curves_and_gaps, "Spectron ends far below self-guided training and AdamW", ONE_SCHEDULE,
@@ -239,8 +240,9 @@ EXPERIMENTS = {
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, adam_lr",
         tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr,
-        "Methods that use AdamW want ten times the adam_lr of the orthogonalized ones", "Each arm at its best "
-        "lr. What is not said is 3e-3, 1e-2 for Muon on factors, and 3e-2 for all with AdamW or a guide.",
+        "Methods that use AdamW want ten times the adam_lr of the orthogonalized ones",
+        "Each arm is at its best lr. Where no adam_lr is said, it is 3e-3, for Muon on factors 1e-2, and for "
+        "all with AdamW or a guide 3e-2.",
         single=None,
         pairs=lambda found: []),
     "momentum": Experiment(

@@ -35,23 +35,26 @@ REPORT = [("rivals", {}), ("rivals-flops", {}), ("claims", {}), ("neighbours", {
           ("fig13", {}), ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and their scale, at nano
 PROTOCOL = """# Results
 
-Every table and figure of the paper that could be run here, made by `python -m paper.reproduce report` from
-the logs in [runs/](runs/README.md). All of it is size nano (2M parameters) on two CPU cores. The paper's
-numbers are of size S (94M parameters, FineWeb), so only their order and their ratios compare.
+Every table and figure of the paper that could be run here, and the rivals beside them, made by
+`python -m paper.reproduce report` from the logs in [runs/](runs/README.md). All of it is size nano (2M
+parameters), in float32. The paper's numbers are of size S (94M parameters, FineWeb), so only their order and
+their ratios compare.
 
-- All arms see the same tokens in the same order, with one schedule, clipping and adam_lr (3e-3, not swept).
-- Each arm has six learning rates on the series 1, 2, 5, 10 (three in Table 3 and Figures 5, 6 and 13), and up
-  to two more where the best is at the edge. Neighbours are a factor of 2 or 2.5 apart, so that differences of
-  about 0.02 nats may be the grid's.
-- The best learning rate of seed 0 gets two more seeds: mean ± standard deviation, n. Seed 0 counts too.
+- All arms see the same tokens in the same order, with one schedule and clipping, and a momentum of 0.7 where
+  they have one. adam_lr is what its own table says: 3e-3, for Muon on factors 1e-2, for all with AdamW 3e-2.
+- Each arm has six learning rates on the series 1, 2, 5, 10 (three where a table says so), and up to two more
+  where the best is at the edge. Neighbours are a factor of 2 or 2.5 apart, so that differences of about 0.02
+  nats may be the grid's.
+- The best learning rate of seed 0 gets the other seeds: mean ± standard deviation, n. Seed 0 counts too.
 - Differences are taken seed by seed, with their 95% interval (Student's t, which three seeds leave wide).
 - "lr within 5%" is the factor spanned by the learning rates that end within 5% of the arm's best loss.
 - A run has diverged if its gradient ceased to be finite, or if it ended worse than a uniform guess. None did.
-- `data/imdb-bytes` is the first 8,000 lines of an IMDb reviews file:
-  `python -m tools.prepare text imdb.jsonl --tokenizer bytes --out data/imdb-bytes`.
+- "s / step" is of two CPU cores, all methods in turn in one process: `python -m paper.seconds`. Self-guided
+  training is timed with its guide, which is there for half of a run.
 
-Elsewhere: [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md), the scaling laws
-by [parabolas](isoflop/table.md) and as [a law of N and D](parametric/table.md), Figures 8 and 9,
+Elsewhere: [equilibrated Spectron](equilibrated/README.md), [sixteen metrics](geometry/README.md) of the same
+models, [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md), the scaling laws by
+[parabolas](isoflop/table.md) and as [a law of N and D](parametric/table.md), Figures 8 and 9,
 [speed](bench/README.md), [the tasks beside lm-evaluation-harness](evals/README.md).
 """
 
@@ -78,7 +81,8 @@ def table(name: str, scale: Scale) -> str:
         if costs and o.logs:
             memory = o.memory
             row += [f"{memory['parameters']:,}", f"{memory['optimizer'] / 1e6:.1f}",
-                    f"{o.training_memory / 1e6:.1f}", f"{runs.seconds_per_step(o.arm, scale):.2f}"]
+                    f"{o.training_memory / 1e6:.1f}",
+                    f"{seconds:.2f}" if (seconds := runs.timed_seconds(o.arm, scale)) else ""]
         if paper:
             theirs = paper.get(o.arm, math.inf)
             row += [f"{theirs:.2f}", over(math.log(theirs), paper_least)]

@@ -99,14 +99,18 @@ def flops_per_token(name: str, scale: Scale) -> float:
     return (first + plain) / 2
 
 
-def seconds_per_step(name: str, scale: Scale) -> float:
-    """Of an arm with these flags, as paper.seconds timed it beside the others."""
+def timed_seconds(name: str, scale: Scale) -> float | None:
+    """Of a step of an arm with these flags, as paper.seconds timed it beside the others; None where it has
+    not."""
     path = RESULTS / "seconds" / f"{scale.size}.json"
     timed = json.loads(path.read_text("utf-8"))["seconds"] if path.is_file() else {}
-    for other in timed:
-        if ARMS[other].flags == ARMS[name].flags:
-            return timed[other]
-    raise UserError(f"{path} has no seconds of {name!r}: python -m paper.seconds --scale {scale.size}")
+    return next((timed[other] for other in timed if ARMS[other].flags == ARMS[name].flags), None)
+
+
+def seconds_per_step(name: str, scale: Scale) -> float:
+    if seconds := timed_seconds(name, scale):
+        return seconds
+    raise UserError(f"nobody has timed {name!r}: python -m paper.seconds --scale {scale.size}")
 
 
 def reproduce(name: str, scale: Scale) -> str:

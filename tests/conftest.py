@@ -87,5 +87,6 @@ def fails(capsys):
 def in_a_copy(tmp_path, monkeypatch):
     """A working directory with the committed logs and no other results."""
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "runs").symlink_to(ROOT / "results" / "runs")
+    for room in "runs", "seconds":
+        (tmp_path / "results" / room).symlink_to(ROOT / "results" / room)
     monkeypatch.chdir(tmp_path)
