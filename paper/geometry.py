@@ -48,6 +48,13 @@ DIMENSIONS = {
                 "norm of dW over W's": "dW_relative_norm"},
     "activations": {"distance to dense": "distance", "relative": "relative_distance", "cosine": "cosine",
                     "CKA": "cka"}}
+MESSAGES = {
+    "landscape": "Orthogonalized updates end where the loss is flat along principal directions; ReLoRA's is "
+                 "the sharpest along random ones",
+    "interpolation": "Hardly a barrier between a method's checkpoints; one to dense training, lowest "
+                     "for GaLore and Fira",
+    "spectra": "Orthogonalized updates move W along many directions, those of AdamW along few",
+    "activations": "GaLore and Fira compute most nearly what dense training with AdamW does"}
 
 
 ########################################
@@ -237,7 +244,8 @@ def barriers(arms: list) -> str:
 def figure(found: dict, dimension: str):
     """Each metric of a dimension over the checkpoints, a line for each method."""
     keys = DIMENSIONS[dimension]
-    rows, columns = math.ceil(len(keys) / 4), min(4, len(keys))
+    rows = math.ceil(len(keys) / 4)
+    columns = math.ceil(len(keys) / rows)
     fig = draw.new_figure(3.2 * columns, 1 + 2.8 * rows)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[len(keys):]:
@@ -249,7 +257,7 @@ def figure(found: dict, dimension: str):
             if steps:
                 ax.plot(steps, np.mean(ys, 0), ms=4, lw=1.4, label=ARMS[arm].label, **draw.look(arm))
         ax.set(xlabel="step", ylabel=label)
-    draw.legend_below(fig, *fig.axes, columns=5)
+    draw.legend_below(fig, *fig.axes, columns=2 * columns - 1)
     return fig
 
 
@@ -263,8 +271,8 @@ def report() -> None:
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
                 for arm, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
-        draw.save(figure(found, name), WHERE / f"{name}.png", f"{name.capitalize()} over training",
-                  "nano, each method at its best learning rate")
+        draw.save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
+                  "method at its best learning rate, mean of the seeds")
     if (WHERE / "basins.json").is_file():
         parts += ["## Barriers between methods, seed 0\n", barriers(list(found))]
     with replacing(WHERE / "table.md", "w") as file:
