@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -52,7 +53,7 @@ class Outcome:
     def flops(self) -> float | None:
         return read_log(self.logs[0])[1][-1].get("flops") if self.logs else None
 
-    @property
+    @cached_property
     def memory(self) -> dict:
         """Bytes of weights, gradients and optimizer state, and how many parameters are trained."""
         c = SimpleNamespace(**read_log(self.logs[0])[0]["config"])
@@ -207,7 +208,7 @@ EXPERIMENTS = {
         "Spectron and about the size of an entry's step for AdamW: the widths compare, not the places.",
         pairs=guided_with_muon),
     "equilibrated": Experiment(
-        "Equilibrated Spectron, a method of our own, ends lower",
+        "Equilibrated Spectron, a method of our own",
         ("spectron", "equilibrated"),
         draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
     "neighbours": Experiment(
