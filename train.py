@@ -50,7 +50,7 @@ class Method:
     method(**method_args) that returns one of these."""
     optimizers: Callable  # (model, c) -> a list of optimizers that together hold every parameter once
     lr: float  # of the block matrices, at the paper's sizes
-    nano_lr: float  # the best of results/fig12/nano/table.md
+    nano_lr: float  # the best of results/rivals/nano/table.md
     flags: tuple = ()  # of train.py, that apply to this method and not to all
     dense: bool = False  # nn.Linear in place of `linear`
     linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
@@ -58,6 +58,7 @@ class Method:
     flops_per_token: Callable = Llama.flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
     logged: Callable = lambda model: {}  # what else this method has for a record of the log
+    nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
 
 
 def adamw(params, lr, c):
@@ -119,10 +120,10 @@ def muon_optimizers(model, c):
 LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
 SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr", "equilibrate"
 METHODS = {
-    "spectron": Method(spectron_optimizers, 0.05, 0.1, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
-    "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS),
+    "spectron": Method(spectron_optimizers, 0.05, 0.2, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
+    "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS, nano_adam_lr=0.03),
     "dense": Method(muon_optimizers, 0.02, 0.05, MUON_FLAGS, dense=True),
-    "dense-adamw": Method(adamw_optimizers, 6e-4, 5e-4, dense=True),
+    "dense-adamw": Method(adamw_optimizers, 6e-4, 1e-3, dense=True, nano_adam_lr=0.03),
 }
 
 
@@ -171,7 +172,8 @@ FLAGS = {
            f"{RATES}.\nThose of the paper's sizes come from public launches, untested here"),
     "orthogonalize": (bool, True, "spectron: Newton-Schulz on each factor's momentum"),
     "renormalize": (bool, True, "spectron: divide lr by sigma_A + sigma_B + 1"),
-    "adam_lr": (number(), 3e-3, "AdamW's learning rate for embedding, head and norms"),
+    "adam_lr": (number(), None, "AdamW's learning rate for embedding, head and norms: 0.003; at nano 0.03\n"
+                "where it trains the block matrices, too"),
     "muon_lr": (number(), 0.02, "spectron with --factorize ffn: Muon's for the dense matrices"),
     "momentum": (number(below=1), 0.95, "of spectron and Muon, in [0, 1)"),
     "nesterov": (bool, True, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter"),
@@ -269,7 +271,8 @@ def defaults(flags: dict, device: str) -> dict:
     method, nano = find_method(name, flags.get("method_args", {})), size in NANO_SIZES
     check_flags(flags, name, method)
     c = {flag: default for flag, (_, default, _) in FLAGS.items()} | (NANO if nano else {})
-    c |= {"lr": method.nano_lr if nano else method.lr, "seq_len": SIZES[size].seq_len, "device": device,
+    c |= {"lr": method.nano_lr if nano else method.lr, "adam_lr": method.nano_adam_lr if nano else 3e-3,
+          "seq_len": SIZES[size].seq_len, "device": device,
           "batch_size": 16 if nano or device == "cuda" else 1,
           "steps": c["steps"] or paper_steps(size, method.dense),
           "dtype": "bfloat16" if native_bf16(device) else "float32",

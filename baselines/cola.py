@@ -47,6 +47,6 @@ def method(optimizer: str = "adamw", init: str = "normal", activation: str = "si
         if value not in allowed:
             raise ValueError(f"{name}={value}, expected {' or '.join(f'{name}={x}' for x in allowed)}")
     core = METHODS[optimizer]
-    lr = {"adamw": 3e-3, "spectron": core.lr}[optimizer]  # CoLA: 6e-3 at 60M, 3e-3 at 130M and 350M
-    return Method(core.optimizers, lr, core.nano_lr, core.flags or LOW_RANK_FLAGS,
+    lr, nano_lr = (3e-3, 2e-3) if optimizer == "adamw" else (core.lr, core.nano_lr)  # CoLA: 6e-3 at 60M
+    return Method(core.optimizers, lr, nano_lr, core.flags or LOW_RANK_FLAGS, nano_adam_lr=core.nano_adam_lr,
                   linear=partial(CoLALinear, init=init, activation=activation))

@@ -76,4 +76,4 @@ def projected(optimizer: type, rank: int, scale: float, gap: int) -> Method:
         r = rank or model.config.dim // 4
         return [optimizer(dense, c.lr, r, scale, gap, weight_decay=c.weight_decay),
                 adamw(others, c.adam_lr, c)]
-    return Method(optimizers, 1e-2, 1e-2, dense=True)
+    return Method(optimizers, 1e-2, {GaLore: 1e-2}.get(optimizer, 2e-3), dense=True, nano_adam_lr=0.03)

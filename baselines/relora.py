@@ -98,4 +98,5 @@ def method(every: int | None = None, alpha: float = 32) -> Method:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"alpha={alpha}, expected a number")
     return Method(build_optimizers, 1e-3, 2e-3, LOW_RANK_FLAGS, flops_per_token=flops_per_token,
+                  nano_adam_lr=0.03,
                   linear=partial(ReLoRALinear, alpha=alpha), before_step=partial(before_step, every=every))

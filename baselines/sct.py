@@ -67,4 +67,5 @@ def method(s_lr: float = 1.0) -> Method:
     """s_lr is the learning rate of s over that of U and V. ValueError unless it is a positive number."""
     if isinstance(s_lr, bool) or not isinstance(s_lr, (int, float)) or not s_lr > 0:
         raise ValueError(f"s_lr={s_lr}, expected a positive number")
-    return Method(partial(build_optimizers, s_lr=s_lr), 1e-3, 1e-3, LOW_RANK_FLAGS, linear=SCTLinear)
+    return Method(partial(build_optimizers, s_lr=s_lr), 1e-3, 5e-3, LOW_RANK_FLAGS, linear=SCTLinear,
+                  nano_adam_lr=0.03)

@@ -118,4 +118,4 @@ def method(init: str = "product", optimizer: str = "adamw", stochastic: bool = F
     return Method(partial(build_optimizers, update=update), lr, lr,
                   LOW_RANK_FLAGS + (MUON_FLAGS if optimizer == "muon" else ()),
                   linear=partial(SelfGuidedLinear, init=init), flops_per_token=flops_per_token,
-                  before_step=partial(before_step, stochastic=stochastic), compiles=False)
+                  before_step=partial(before_step, stochastic=stochastic), compiles=False, nano_adam_lr=0.03)

@@ -65,5 +65,6 @@ def method(delta: float = 0.03, alpha: float = 32) -> Method:
             raise ValueError(f"{name}={value}, expected a number")
     if not 0 < delta <= 1:
         raise ValueError(f"delta={delta}, expected a number in (0, 1]")
-    return Method(build_optimizers, 2e-3, 2e-3, LOW_RANK_FLAGS, flops_per_token=flops_per_token,
+    return Method(build_optimizers, 2e-3, 5e-3, LOW_RANK_FLAGS, flops_per_token=flops_per_token,
+                  nano_adam_lr=0.03,
                   linear=partial(SLTrainLinear, delta=delta, alpha=alpha))

@@ -89,4 +89,5 @@ def method(energy: float = 0.98, every: int = 100, least: int = 4, s_lr: float =
             raise ValueError(f"{name}={value}, expected a whole number of at least 1")
     own = sct.method(s_lr)
     return Method(own.optimizers, own.lr, own.nano_lr, LOW_RANK_FLAGS, linear=TSVDLinear, logged=logged,
+                  nano_adam_lr=own.nano_adam_lr,
                   before_step=partial(before_step, energy=energy, every=every, least=least))

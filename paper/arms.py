@@ -21,30 +21,29 @@ ARMS = {
     "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize --adam_lr 0.01", 0.02),
     "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
     "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
-    "adamw": Arm("AdamW", "--method adamw --adam_lr 0.03", 1e-3),
-    "self-guided": Arm("self-guided, AdamW", "--method self-guided --adam_lr 0.03", 1e-3),
-    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --adam_lr 0.03 --method_args "
-                            "optimizer=muon", 0.02),
+    "adamw": Arm("AdamW", "--method adamw", 1e-3),
+    "self-guided": Arm("self-guided, AdamW", "--method self-guided", 1e-3),
+    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
     "dense": Arm("dense, Muon", "--method dense", 0.02),
-    "dense-adamw": Arm("dense, AdamW", "--method dense-adamw --adam_lr 0.03", 1e-3),
+    "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
     "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
     "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
     "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
-    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided --adam_lr 0.03 "
+    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided "
                                   "--method_args optimizer=muon", 0.02, "flops", "spectron"),
-    "galore": Arm("GaLore", "--method galore --adam_lr 0.03", 1e-2),
-    "fira": Arm("Fira", "--method fira --adam_lr 0.03", 1e-2),
-    "sltrain": Arm("SLTrain", "--method sltrain --adam_lr 0.03", 2e-3),
-    "relora": Arm("ReLoRA", "--method relora --adam_lr 0.03", 2e-3),
-    "sct": Arm("SCT", "--method sct --adam_lr 0.03", 1e-3),
-    "tsvd": Arm("TSVD-style", "--method tsvd --adam_lr 0.03", 1e-3),
-    "cola": Arm("CoLA", "--method cola --adam_lr 0.03", 2e-3),
+    "galore": Arm("GaLore", "--method galore", 1e-2),
+    "fira": Arm("Fira", "--method fira", 1e-2),
+    "sltrain": Arm("SLTrain", "--method sltrain", 2e-3),
+    "relora": Arm("ReLoRA", "--method relora", 2e-3),
+    "sct": Arm("SCT", "--method sct", 1e-3),
+    "tsvd": Arm("TSVD-style", "--method tsvd", 1e-3),
+    "cola": Arm("CoLA", "--method cola", 2e-3),
     "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
     "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
     "spectron-ffn": Arm("Spectron", "--factorize ffn"),
-    "adamw-ffn": Arm("AdamW", "--method adamw --adam_lr 0.03 --factorize ffn", 1e-3),
-    "self-guided-ffn": Arm("self-guided, AdamW", "--method self-guided --adam_lr 0.03 --factorize ffn", 1e-3),
+    "adamw-ffn": Arm("AdamW", "--method adamw --factorize ffn", 1e-3),
+    "self-guided-ffn": Arm("self-guided, AdamW", "--method self-guided --factorize ffn", 1e-3),
     "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
     "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
 }
@@ -96,26 +95,21 @@ CLAIMS = [  # the rivals' own settings, varied
 #     What other arms have in common   #
 ########################################
 
-def vary(flag: str, short: str, usual: float, arms: dict) -> list[tuple]:
-    """(arm, its lr, value, the arm with this value) for all, from (lr, values) by arm. An arm whose own flags
-    do not say otherwise has the usual one."""
+def vary(flag: str, short: str, arms: dict) -> list[tuple]:
+    """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""
     def other(name, lr, value):
         return add(name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr,
                    swept=False)
-
-    def own(name):
-        flags = ARMS[name].flags.split()
-        return float(flags[flags.index(f"--{flag}") + 1]) if f"--{flag}" in flags else usual
-    return [(name, lr, value, name if value == own(name) else other(name, lr, value))
-            for name, (lr, values) in arms.items() for value in values]
+    return [(name, lr, value, name if value == own else other(name, lr, value))
+            for name, (lr, own, values) in arms.items() for value in values]
 
 
-FIVE, BETAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.5, 0.7, 0.8, 0.9, 0.95)
-TENFOLD = tuple(10 * x for x in FIVE)
-ADAM_LRS = vary("adam_lr", "adam", 3e-3, {
-    "spectron": (0.2, FIVE), "equilibrated": (0.2, FIVE), "orthogonalize": (0.05, FIVE),
-    "lora-muon": (0.2, FIVE), "self-guided-muon": (0.02, FIVE), "dense": (0.05, FIVE),
-    "adamw": (1e-3, TENFOLD), "self-guided": (1e-3, TENFOLD), "dense-adamw": (1e-3, TENFOLD),
-    "cola": (2e-3, TENFOLD), "sltrain": (5e-3, TENFOLD), "relora": (2e-3, TENFOLD),
-    "galore": (1e-2, TENFOLD), "fira": (2e-3, TENFOLD), "sct": (5e-3, TENFOLD), "tsvd": (5e-3, TENFOLD)})
-MOMENTA = vary("momentum", "momentum", 0.7, {"spectron": (0.2, BETAS), "equilibrated": (0.2, BETAS)})
+FIVE, TENFOLD = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+BETAS = (0.5, 0.7, 0.8, 0.9, 0.95)
+ADAM_LRS = vary("adam_lr", "adam", {
+    "spectron": (0.2, 3e-3, FIVE), "equilibrated": (0.2, 3e-3, FIVE), "orthogonalize": (0.05, 1e-2, FIVE),
+    "lora-muon": (0.2, 3e-3, FIVE), "self-guided-muon": (0.02, 3e-2, FIVE), "dense": (0.05, 3e-3, FIVE),
+    **{name: (lr, 3e-2, TENFOLD) for name, lr in (
+        ("adamw", 1e-3), ("self-guided", 1e-3), ("dense-adamw", 1e-3), ("cola", 2e-3), ("sltrain", 5e-3),
+        ("relora", 2e-3), ("galore", 1e-2), ("fira", 2e-3), ("sct", 5e-3), ("tsvd", 5e-3))}})
+MOMENTA = vary("momentum", "momentum", {name: (0.2, 0.7, BETAS) for name in ("spectron", "equilibrated")})

@@ -2,11 +2,13 @@
 
 from paper import draw, runs
 from paper.experiments import Outcome, gap, outcomes_of
-from paper.runs import Scale
+from paper.runs import RESULTS, Run, Scale, final_loss, log_of
 from paper.tables import markdown
+from tools.plot import read_log
 
-SETTINGS = [("the offline corpus", {"seeds": 5}),
-            ("half the batch", {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}),
+HALF = {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}
+SETTINGS = [("the offline corpus", {"seeds": 5}), ("half the batch", HALF),
+            ("that, IMDb reviews", HALF | {"data": "data/imdb-bytes"}),
             ("a width of 384", {"scale": "nano-7.3M", "seeds": 1}),
             ("four times the steps", {"steps": 800, "seeds": 1})]
 GOAL = -0.03  # nats
@@ -35,6 +37,33 @@ def table(found: dict) -> str:
                      "" if interval is None else f"± {interval:.3f}", str(seeds),
                      f"{plain.width}, {even.width}", f"{plain.flops:.2e}"])
     return markdown(head, rows)
+
+
+CANDIDATES = {  # made by the code in candidates.diff, at half the batch, seed 0
+    "no1": "radius without its + 1", "exact": "radius from the exact norm of dW",
+    "after": "rows normalized after the polar factor", "kinds": "ranks by kind of matrix",
+    "silu": "silu between the factors", "spectron-rank1": "rank ratio 1", "silu-rank1": "rank ratio 1, silu",
+    **{f"{name}-equilibrated": f"{label}, equilibrated" for name, label in (
+        ("no1", "radius without its + 1"), ("exact", "radius from the exact norm of dW"),
+        ("kinds", "ranks by kind of matrix"), ("silu", "silu between the factors"))}}
+
+
+def candidates() -> str:
+    """What else was tried, beside Spectron at the same learning rates."""
+    half, where = scales()["half the batch"], RESULTS / "equilibrated" / "candidates"
+    lrs, rows = (0.1, 0.2, 0.5), []
+    known = {label: {lr: log_of(Run(arm, lr), half) for lr in lrs}
+             for arm, label in (("spectron", "Spectron"), ("equilibrated", "equilibrated Spectron"))}
+    tried = {label: {lr: where / f"{name}-lr{lr:g}-seed0.jsonl" for lr in lrs}
+             for name, label in CANDIDATES.items()}
+    for label, logs in (known | tried).items():
+        records = [r for log in logs.values() if log.is_file() for r in read_log(log)[1]]
+        gauges = [r["gauge"] for r in records if r.get("gauge") is not None]
+        losses = {lr: final_loss(log) for lr, log in logs.items() if log.is_file()}
+        if losses:
+            rows.append([label, *(f"{losses[lr]:.3f}" if losses.get(lr) else "" for lr in lrs),
+                         f"{max(gauges):.2f}", f"{records[-1]['flops']:.2e}"])
+    return markdown(["seed 0", *(f"lr {lr:g}" for lr in lrs), "largest gauge", "FLOPs"], rows)
 
 
 def figure(found: dict):

@@ -264,7 +264,9 @@ def equilibrated_everywhere() -> None:
         report("equilibrated", scale)
     found, where = equilibrated.pairs(), RESULTS / "equilibrated"
     write(where / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
-          f"equilibrated`\n\n{equilibrated.table(found)}\n![figure](figure.png)\n")
+          f"equilibrated`\n\n{equilibrated.table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
+          "With the code of [candidates.diff](candidates.diff), 200 steps of 2,048 bytes.\n\n"
+          f"{equilibrated.candidates()}")
     draw.save(equilibrated.figure(found), where / "figure.png", "After 200 steps even rows have lowered the "
               "loss; after 800 little of it is left", "")
     print(f"{where}/README.md, figure.png")

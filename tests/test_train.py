@@ -280,7 +280,7 @@ def test_a_directory_that_has_something_in_it_is_kept(run, fails, corpus, tmp_pa
     fails(train.main, again, str(out), "--resume", "--overwrite")
     fails(train.main, ["--resume", "--out", out], "step 2 of 2", "python eval.py")
     fails(train.main, ["--resume", "--out", out, "--lr", "0.3", "--seed", "4", "--batch_size", "4"],
-          "--lr 0.3 (was 0.1)", "--seed 4 (was 0)")
+          "--lr 0.3 (was 0.2)", "--seed 4 (was 0)")
     train.main([str(flag) for flag in again] + ["--overwrite"])
     assert [row["step"] for row in records(out)] == [1, 2]
 
@@ -426,11 +426,12 @@ def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
     assert seen == [64, 100_000_000]
 
 
-def test_the_default_learning_rates_at_nano_are_the_best_of_the_table():
-    best = {arm["arm"]: arm["best_lr"]
-            for arm in json.loads((ROOT / "results/fig12/nano/table.json").read_text())["arms"]}
-    assert {name: method.nano_lr for name, method in train.METHODS.items()} == {
-        name: best[name] for name in train.METHODS}
+def test_the_default_learning_rates_at_nano_are_the_best_of_the_tables():
+    best = {arm["arm"]: arm["best_lr"] for name in ("rivals", "neighbours")
+            for arm in json.loads((ROOT / f"results/{name}/nano/table.json").read_text())["arms"]}
+    rivals = [path.stem.replace("_", "-") for path in (ROOT / "baselines").glob("*.py")]
+    for name in [*train.METHODS, *rivals]:
+        assert train.find_method(name, {}).nano_lr == best[name], name
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon to compare with")
