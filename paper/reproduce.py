@@ -48,6 +48,8 @@ their ratios compare.
 - The best learning rate of seed 0 gets the other seeds: mean ± standard deviation, n. Seed 0 counts too.
 - Differences are taken seed by seed, with their 95% interval (Student's t, which three seeds leave wide).
 - "lr within 5%" is the factor spanned by the learning rates that end within 5% of the arm's best loss.
+- `data/imdb-bytes` is the first 8,000 lines of an IMDb reviews file:
+  `python -m tools.prepare text imdb.jsonl --tokenizer bytes --out data/imdb-bytes`.
 - A run has diverged if its gradient ceased to be finite, or if it ended worse than a uniform guess. None did.
 - "s / step" is of two CPU cores, all methods in turn in one process: `python -m paper.seconds`. Self-guided
   training is timed with its guide, which is there for half of a run.
