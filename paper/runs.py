@@ -3,8 +3,8 @@
 A run is train.py as a user calls it. Its log, thinned, goes to
 results/runs/<scale>/<arm>-lr<lr>-seed<seed>.jsonl and feeds every table and figure that wants it; a run whose
 log is there is not made again, and one that was stopped goes on from its checkpoint in out/paper. Each arm
-sees the same data in the same order, the same schedule, clipping and adam_lr, and as many learning rates as
-the arms beside it; its best one then gets the other seeds.
+sees the same data in the same order, the same schedule and clipping, and as many learning rates as the arms
+beside it; its best one then gets the other seeds.
 """
 
 import json
