@@ -92,7 +92,8 @@ def test_every_metric_is_measured_and_a_method_without_w_says_so(run, monkeypatc
     made = []
     for arm in geometry.ARMS_HERE:
         r = Run(arm, 1e-3)
-        run("--method", arm, "--steps", 4, "--keep_every", 2, "--lr", 1e-3, out=f"g/{r.name}")
+        run("--method", arm, "--steps", 4, "--keep_every", 2, "--lr", 1e-3, "--adam_lr", 3e-3,
+            out=f"g/{r.name}")
         assert sorted(p.name for p in (tmp_path / "g" / r.name).glob("ckpt-*")) == [
             "ckpt-000002.pt", "ckpt-000004.pt"]
         made.append((r, [geometry.measure(r, step) for step in (2, 4)]))
