@@ -26,4 +26,4 @@ class Fira(GaLore):
 
 def method(rank: int = 0, scale: float = 0.25, gap: int = 200):
     """As GaLore's."""
-    return projected(Fira, rank, scale, gap)
+    return projected(Fira, 2e-3, rank, scale, gap)

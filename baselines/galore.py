@@ -61,10 +61,10 @@ class GaLore(torch.optim.Optimizer):
 
 def method(rank: int = 0, scale: float = 0.25, gap: int = 200) -> Method:
     """rank 0 is a quarter of the model's width. ValueError for a gap or a rank that makes no sense."""
-    return projected(GaLore, rank, scale, gap)
+    return projected(GaLore, 1e-2, rank, scale, gap)
 
 
-def projected(optimizer: type, rank: int, scale: float, gap: int) -> Method:
+def projected(optimizer: type, nano_lr: float, rank: int, scale: float, gap: int) -> Method:
     for name, value, least in ("rank", rank, 0), ("gap", gap, 1):
         if type(value) is not int or value < least:
             raise ValueError(f"{name}={value}, expected a whole number of at least {least}")
@@ -76,4 +76,4 @@ def projected(optimizer: type, rank: int, scale: float, gap: int) -> Method:
         r = rank or model.config.dim // 4
         return [optimizer(dense, c.lr, r, scale, gap, weight_decay=c.weight_decay),
                 adamw(others, c.adam_lr, c)]
-    return Method(optimizers, 1e-2, {GaLore: 1e-2}.get(optimizer, 2e-3), dense=True, nano_adam_lr=0.03)
+    return Method(optimizers, 1e-2, nano_lr, dense=True, nano_adam_lr=0.03)
