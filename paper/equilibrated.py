@@ -1,6 +1,7 @@
 """Equilibrated Spectron beside Spectron in every setting where both were tuned alike: a table, a figure."""
 
 from paper import draw, runs
+from paper.arms import ARMS
 from paper.experiments import Outcome, gap, outcomes_of
 from paper.runs import RESULTS, Run, Scale, final_loss, log_of
 from paper.tables import markdown
@@ -39,31 +40,22 @@ def table(found: dict) -> str:
     return markdown(head, rows)
 
 
-CANDIDATES = {  # made by the code in candidates.diff, at half the batch, seed 0
+CANDIDATES = {  # CAND of candidates.diff, but for silu, which is CoLA's layer under Spectron
     "no1": "radius without its + 1", "exact": "radius from the exact norm of dW",
     "after": "rows normalized after the polar factor", "kinds": "ranks by kind of matrix",
-    "silu": "silu between the factors", "spectron-rank1": "rank ratio 1", "silu-rank1": "rank ratio 1, silu",
-    **{f"{name}-equilibrated": f"{label}, equilibrated" for name, label in (
-        ("no1", "radius without its + 1"), ("exact", "radius from the exact norm of dW"),
-        ("kinds", "ranks by kind of matrix"), ("silu", "silu between the factors"))}}
+    "silu": "silu between the factors"}
 
 
 def candidates() -> str:
-    """What else was tried, beside Spectron at the same learning rates."""
-    half, where = scales()["half the batch"], RESULTS / "equilibrated" / "candidates"
-    lrs, rows = (0.1, 0.2, 0.5), []
-    known = {label: {lr: log_of(Run(arm, lr), half) for lr in lrs}
-             for arm, label in (("spectron", "Spectron"), ("equilibrated", "equilibrated Spectron"))}
-    tried = {label: {lr: where / f"{name}-lr{lr:g}-seed0.jsonl" for lr in lrs}
-             for name, label in CANDIDATES.items()}
-    for label, logs in (known | tried).items():
-        records = [r for log in logs.values() if log.is_file() for r in read_log(log)[1]]
-        gauges = [r["gauge"] for r in records if r.get("gauge") is not None]
-        losses = {lr: final_loss(log) for lr, log in logs.items() if log.is_file()}
-        if losses:
-            rows.append([label, *(f"{losses[lr]:.3f}" if losses.get(lr) else "" for lr in lrs),
-                         f"{max(gauges):.2f}", f"{records[-1]['flops']:.2e}"])
-    return markdown(["seed 0", *(f"lr {lr:g}" for lr in lrs), "largest gauge", "FLOPs"], rows)
+    """What else was tried, one run each, beside Spectron's and equilibrated Spectron's at half the batch."""
+    half, where, rows = scales()["half the batch"], RESULTS / "equilibrated" / "candidates", []
+    logs = {ARMS[arm].label: log_of(Run(arm, 0.2), half) for arm in ("spectron", "equilibrated")}
+    logs |= {label: where / f"{name}-lr0.2-seed0.jsonl" for name, label in CANDIDATES.items()}
+    for label, log in logs.items():
+        records = read_log(log)[1]
+        gauge = max(r["gauge"] for r in records if r.get("gauge") is not None)
+        rows.append([label, f"{final_loss(log):.3f}", f"{gauge:.2f}", f"{records[-1]['flops']:.2e}"])
+    return markdown(["lr 0.2, seed 0", "loss", "largest gauge", "FLOPs"], rows)
 
 
 def figure(found: dict):

@@ -197,7 +197,7 @@ EXPERIMENTS = {
         paper_table1, tasks=True),
     "table3": Experiment(
         "Table 3 and Figure 11: the rank ratio, 0.25 where not said", ("rank-0.4", "spectron", "rank-0.125"),
-        draw.curves_and_gaps, "More rank, less loss, and no cliff at a rank ratio of 0.125",
+        draw.curves_and_gaps, "",
         "At 0.4 the down projection has more parameters than if it were dense.", paper_table3, few=True),
     "fig12": Experiment(
         "Figure 12: final loss over the learning rate",
@@ -261,18 +261,17 @@ EXPERIMENTS = {
         "trains that size for elsewhere.", pairs=against_first, norms=True),
     "fig13": Experiment(
         "Figure 13: only the FFNs factorized", ("spectron-ffn", "self-guided-ffn", "adamw-ffn"),
-        draw.curves_and_gaps, "With dense attention, too, Spectron ends far below the others",
+        draw.curves_and_gaps, "",
         ONE_SCHEDULE + " Under Spectron the attention's matrices are Muon's at a fixed 0.02, under the "
         "others AdamW's.", few=True),
     "fig5": Experiment(
         "Figures 1 and 5: dense and low-rank at equal FLOPs, and at equal wall-clock",
-        ("spectron", "dense-flops", "dense-time"), draw.figure5,
-        "At equal FLOPs low-rank ends lower; at equal wall-clock on two cores dense does",
+        ("spectron", "dense-flops", "dense-time"), draw.figure5, "",
         "FLOPs are executed ones, with head and attention. The paper counts 6 N D, in which its dense model "
         "sees 11.7 to 14.0 tokens per parameter, and it gives no wall-clock.", few=True, pairs=against_first),
     "fig6": Experiment(
         "Figure 6: perplexity over parameters", (), draw.figure6,
-        "At equal FLOPs low-rank ends lower at all four sizes",
+        "",
         "Every low-rank model sees the same tokens, and its dense twin as many as cost the same; the paper "
         "gives larger models more tokens.", few=True, single=None, pairs=same_shape),
     "fig7": Experiment(

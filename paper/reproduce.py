@@ -267,7 +267,8 @@ def equilibrated_everywhere() -> None:
     found, where = equilibrated.pairs(), RESULTS / "equilibrated"
     write(where / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
           f"equilibrated`\n\n{equilibrated.table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
-          "With the code of [candidates.diff](candidates.diff), 200 steps of 2,048 bytes.\n\n"
+          "200 steps of 2,048 bytes with the code of [candidates.diff](candidates.diff), where the variable "
+          "CAND names the idea, e.g. exact; each [log](candidates) has its flags.\n\n"
           f"{equilibrated.candidates()}")
     draw.save(equilibrated.figure(found), where / "figure.png", "After 200 steps even rows have lowered the "
               "loss; after 800 little of it is left", "")
@@ -322,6 +323,9 @@ def main(argv=None):
         print("fig7, and table1's task columns, are not run at nano, where every model is at chance; they "
               "are at --scale S and above")
         wanted.remove("fig7")
+    if not scale.nano and "transfer" in wanted:
+        print("transfer is of nano's sizes alone: leave out --scale")
+        wanted.remove("transfer")
     if args.dry_run:
         return print("\n".join(plan(name, scale) for name in wanted))
     for name in wanted:

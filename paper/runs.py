@@ -333,8 +333,11 @@ def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) 
                 for name in names if name not in single for seed in range(1, scale.seeds))
     if not missing and not later:
         return "all runs are there"
-    costs = {name: flops_per_token(name, scale) * scale.tokens_per_step * steps_of(name, scale)
-             for name in names}
+    def cost(name):
+        untimed = ARMS[name].steps == "time" and not timed_seconds(name, scale)  # then about its twin's steps
+        steps = steps_of(ARMS[name].twin if untimed else name, scale)
+        return flops_per_token(name, scale) * scale.tokens_per_step * steps
+    costs = {name: cost(name) for name in names}
     flops = sum(costs[run.arm] for run in missing) + later * statistics.mean(costs.values())
     return (f"{len(first) - len(missing)} of {len(first)} runs are there; {len(missing)} and up to {later} "
             f"with other seeds are to be made, {flops:.2e} FLOPs, {duration(flops, scale)}")

@@ -18,16 +18,18 @@ from tools.bench import Trainer, in_turn
 ROUNDS = 9
 
 
-def timed() -> list[str]:
-    """One arm for each way to train that a table compares."""
-    names = {name for e in EXPERIMENTS.values() if e.memory or e.title.startswith("Figures 1 and 5")
-             for name in e.arms} | {"self-guided-muon"}
-    return [name for name in ARMS if name in names and ARMS[name].steps == "same"]
+def timed(scale: runs.Scale) -> list[str]:
+    """One arm for each way to train that a table compares; above nano, where all would not fit into memory,
+    the two of equal wall-clock."""
+    names = {name for e in EXPERIMENTS.values() if e.memory for name in e.arms} | {"self-guided-muon"}
+    return [name for name in ARMS if name in (names if scale.nano else ("spectron", "dense"))
+            and ARMS[name].steps == "same"]
 
 
 def measure(scale: runs.Scale) -> dict[str, float]:
     """Of random tokens. What a method does between steps (cuts, merges) is not among them."""
-    trainers = {name: Trainer(" ".join(runs.flags_of(ARMS[name], scale)), random=True) for name in timed()}
+    trainers = {name: Trainer(" ".join(runs.flags_of(ARMS[name], scale)), random=True)
+                for name in timed(scale)}
     seconds = in_turn({name: trainer.step for name, trainer in trainers.items()}, ROUNDS)
     return {name: float(f"{median(times):.4g}") for name, times in seconds.items()}
 

@@ -283,6 +283,9 @@ def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
     printed = capsys.readouterr().out
     assert "0 of 24 runs are there; 24 and up to 8 with other seeds" in printed and "FLOPs" in printed
     assert "fig7" in printed.splitlines()[0] and "chance" in printed.splitlines()[0]
+    reproduce.main(["all", "--dry_run", "--scale", "S"])  # nobody has timed S
+    printed = capsys.readouterr().out
+    assert "fig5: 0 of 9 runs are there" in printed and "nano's sizes" in printed.splitlines()[0]
 
 
 ########################################
