@@ -95,11 +95,11 @@ CLAIMS = [  # the rivals' own settings, varied
 #     What other arms have in common   #
 ########################################
 
-def vary(flag: str, short: str, arms: dict) -> list[tuple]:
+def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
     """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""
     def other(name, lr, value):
         return add(name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr,
-                   swept=False)
+                   swept=swept)
     return [(name, lr, value, name if value == own else other(name, lr, value))
             for name, (lr, own, values) in arms.items() for value in values]
 
@@ -111,5 +111,6 @@ ADAM_LRS = vary("adam_lr", "adam", {
     "lora-muon": (0.2, 3e-3, FIVE), "self-guided-muon": (0.02, 3e-2, FIVE), "dense": (0.05, 3e-3, FIVE),
     **{name: (lr, 3e-2, TENFOLD) for name, lr in (
         ("adamw", 1e-3), ("self-guided", 1e-3), ("dense-adamw", 1e-3), ("cola", 2e-3), ("sltrain", 5e-3),
-        ("relora", 2e-3), ("galore", 1e-2), ("fira", 2e-3), ("sct", 5e-3), ("tsvd", 5e-3))}})
-MOMENTA = vary("momentum", "momentum", {name: (0.2, 0.7, BETAS) for name in ("spectron", "equilibrated")})
+        ("relora", 2e-3), ("galore", 1e-2), ("fira", 2e-3), ("sct", 5e-3), ("tsvd", 5e-3))}}, swept=False)
+MOMENTA = vary("momentum", "momentum", {name: (0.1, 0.7, BETAS) for name in ("spectron", "equilibrated")},
+               swept=True)

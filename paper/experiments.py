@@ -247,7 +247,7 @@ EXPERIMENTS = {
         single=None,
         pairs=lambda found: []),
     "momentum": Experiment(
-        "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
+        "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "", few=True,
         single=None, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
