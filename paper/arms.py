@@ -79,12 +79,13 @@ TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{w
 RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
 for name in DEARER[1:]:
-    add(name, f"{name}-flops", "equal FLOPs", steps="flops", twin="spectron")
+    lr = {"fira": 2e-3, "sltrain": 5e-3}.get(name, ARMS[name].lr)  # the best of equal tokens
+    add(name, f"{name}-flops", "equal FLOPs", steps="flops", twin="spectron", lr=lr)
 
 CLAIMS = [  # the rivals' own settings, varied
     "sct",
-    *(add("sct", f"sct-rank{r}", f"rank {r}", f"--rank_ratio {r / 256}") for r in (32, 16, 8)),
-    *(add("sct", f"sct-s_lr={x}", f"s at {label} the lr", f"--method_args s_lr={x}")
+    *(add("sct", f"sct-rank{r}", f"rank {r}", f"--rank_ratio {r / 256}", lr=5e-3) for r in (32, 16, 8)),
+    *(add("sct", f"sct-s_lr={x}", f"s at {label} the lr", f"--method_args s_lr={x}", lr=5e-3)
       for x, label in (("0.1", "a tenth of"), ("10", "ten times"))),
     "galore", *(add("galore", f"galore-gap={x}", f"gap {x}", f"--method_args gap={x}") for x in (50, 10)),
     "relora", *(add("relora", f"relora-every={x}", label, f"--method_args every={x}")

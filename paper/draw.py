@@ -203,7 +203,8 @@ def transfer(found, paper: dict, scale):
             ax.plot(*zip(*shown), color=COLOURS[i], marker="osvD^P"[i], ms=4, lw=1.4,
                     ls="-" if ratio == "0.25" else "--", label=f"width {size[7:]}, rank ratio {ratio}")
         ax.set(xscale="log", xlabel=f"learning rate of {ARMS[method].label}", ylim=(-0.02, 0.5))
-    axes[0].set_ylabel(f"final loss above the curve's best ({unit(found)})")
+        name_ticks(ax, {lr for arm in arms for lr in by_name[arm].grid})
+    axes[0].set_ylabel(f"final loss above the curve's best\n({unit(found)})")
     legend_below(fig, *axes)
     return fig
 

@@ -98,7 +98,7 @@ class Outcome:
 
 
 def outcome(name: str, scale: Scale, few: bool = False) -> Outcome:
-    grid = tried(name, scale, few)
+    grid, _ = tried(name, scale, few)
     lr = best_of(grid)
     logs = {seed: log_of(Run(name, lr, seed), scale) for seed in range(scale.seeds)} if lr else {}
     logs = {seed: log for seed, log in logs.items() if log.is_file()}

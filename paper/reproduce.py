@@ -20,7 +20,7 @@ from pathlib import Path
 from data import Parser, UserError, command, number, positive, replacing
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, equilibrated, isoflop, runs, scaling_report
-from paper.arms import ARMS
+from paper.arms import ARMS, TRANSFERRED
 from paper.experiments import EXPERIMENTS, PAPER, arms_of, gap, outcomes_of, single_of
 from paper.runs import RESULTS, Run, Scale, log_of
 from paper.tables import markdown
@@ -126,12 +126,29 @@ def step_ratios(low, dense) -> str:
     return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], rows)
 
 
+def one_lr(found) -> str:
+    """Of each method, the learning rate that is best for all its shapes, and what it costs them."""
+    rows = []
+    for method, arms in TRANSFERRED.items():
+        grids = [(o.grid, o.lr) for o in found if o.arm in arms]
+        def above(lr):
+            return [grid[lr] - grid[best] for grid, best in grids]
+        shared = [lr for lr in grids[0][0] if all(grid.get(lr) is not None for grid, _ in grids)]
+        lr = min(shared, key=lambda lr: sum(above(lr)))
+        rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
+                     f"{statistics.mean(above(lr)):.3f}", f"{max(above(lr)):.3f}"])
+    return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
+                     "largest"], rows)
+
+
 def all_tables(name: str, scale: Scale) -> str:
     """The tables of an experiment, one below the other."""
     found = outcomes_of(name, scale)
     parts = [table(name, scale)]
     if EXPERIMENTS[name].norms:
         parts += [norms(found), step_ratios(*found) if name == "fig2" and all(o.logs for o in found) else ""]
+    if name == "transfer":
+        parts.append(one_lr(found))
     return "\n".join(filter(None, [*parts, differences(name, found)]))
 
 

@@ -282,18 +282,20 @@ def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
     return SERIES[start:start + count]
 
 
-def tried(name: str, scale: Scale, few: bool = False) -> dict[float, float | None]:
-    """What the learning rates came to with seed 0: those that the arm starts from, and beyond an edge that is
-    best, at most WIDER more; what others have tried further out is not looked at."""
-    def loss(lr):
-        log = log_of(Run(name, lr), scale)
-        return {lr: final_loss(log)} if log.is_file() else {}
-    found = {}
-    for lr in lrs_of(name, scale, few):
-        found |= loss(lr)
-    for _ in range(WIDER if ARMS[name].swept else 0):
-        found = dict(sorted((found | (loss(lr) if (lr := next_lr(found)) else {})).items()))
-    return found
+def tried(name: str, scale: Scale, few: bool = False) -> tuple[dict[float, float | None], list[float]]:
+    """(what the learning rates came to with seed 0, those that are still to be made): those that the arm
+    starts from, and beyond an edge that is best at most WIDER more; what others have tried further out is not
+    looked at."""
+    found, wanted = {}, lrs_of(name, scale, few)
+    for _ in range(1 + WIDER * ARMS[name].swept):
+        there = {lr: log for lr in wanted if (log := log_of(Run(name, lr), scale)).is_file()}
+        found = dict(sorted((found | {lr: final_loss(log) for lr, log in there.items()}).items()))
+        if missing := [lr for lr in wanted if lr not in there]:
+            return found, missing
+        if not (wider := next_lr(found)):
+            break
+        wanted = [wider]
+    return found, []
 
 
 def best_of(losses: dict) -> float | None:
@@ -314,22 +316,19 @@ def next_lr(losses: dict) -> float | None:
 def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> None:
     """Every arm over its learning rates, three where they are few, then its best with the other seeds; those
     in `single` with one."""
-    def best(name):
-        return best_of(tried(name, scale, few))
-    make_all([Run(name, lr) for name in names for lr in lrs_of(name, scale, few)], scale)
-    for _ in range(WIDER):
-        make_all([Run(name, lr) for name in names if ARMS[name].swept
-                  and (lr := next_lr(tried(name, scale, few)))], scale)
-    make_all([Run(name, best(name), seed) for name in names if name not in single and best(name)
-              for seed in range(scale.seeds)], scale)
+    while missing := [Run(name, lr) for name in names for lr in tried(name, scale, few)[1]]:
+        make_all(missing, scale)
+    best = {name: best_of(tried(name, scale, few)[0]) for name in names if name not in single}
+    make_all([Run(name, lr, seed) for name, lr in best.items() if lr for seed in range(scale.seeds)], scale)
 
 
 def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> str:
     """What is still to be made: runs, FLOPs, and the time that they take at the rate of the runs that are
     there."""
-    first = [Run(name, lr) for name in names for lr in lrs_of(name, scale, few)]
-    missing = [run for run in first if not log_of(run, scale).is_file()]
-    later = sum(not log_of(Run(name, best_of(tried(name, scale, few)) or 0, seed), scale).is_file()
+    made = {name: tried(name, scale, few) for name in names}
+    missing = [Run(name, lr) for name in names for lr in made[name][1]]
+    first = len(missing) + sum(len(made[name][0]) for name in names)
+    later = sum(not log_of(Run(name, best_of(made[name][0]) or 0, seed), scale).is_file()
                 for name in names if name not in single for seed in range(1, scale.seeds))
     if not missing and not later:
         return "all runs are there"
@@ -339,7 +338,7 @@ def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) 
         return flops_per_token(name, scale) * scale.tokens_per_step * steps
     costs = {name: cost(name) for name in names}
     flops = sum(costs[run.arm] for run in missing) + later * statistics.mean(costs.values())
-    return (f"{len(first) - len(missing)} of {len(first)} runs are there; {len(missing)} and up to {later} "
+    return (f"{first - len(missing)} of {first} runs are there; {len(missing)} and up to {later} "
             f"with other seeds are to be made, {flops:.2e} FLOPs, {duration(flops, scale)}")
 
 

@@ -87,7 +87,7 @@ def test_the_best_lr_is_that_of_seed_0_and_the_mean_is_over_the_seeds(store):
     o = experiments.outcome("spectron", NANO)
     assert o.lr == 0.1 and o.losses == [1.5, 1.6, 1.7] and o.grid[0.5] is None
     assert o.mean == pytest.approx(1.6) and o.sd == pytest.approx(0.1) and str(o) == "1.600 ± 0.100"
-    assert not runs.next_lr(runs.tried("spectron", NANO))
+    assert not runs.next_lr(runs.tried("spectron", NANO)[0])
     store(Run("spectron", 0.1, 1), "gone")
     o = experiments.outcome("spectron", NANO)
     assert o.by_seed == {0: 1.5, 1: None, 2: 1.7} and str(o) == "1.600 ± 0.141, 1 of 3 diverged"
@@ -113,10 +113,13 @@ def test_a_grid_grows_where_its_best_is_at_the_edge(store):
 def test_of_few_learning_rates_no_more_are_looked_at_than_of_the_other_arms(store):
     for lr, loss in (0.02, 1.4), (0.05, 1.6), (0.1, 1.5), (0.2, 1.7), (0.5, 1.3):
         store(Run("spectron", lr), loss)
-    assert runs.tried("spectron", NANO, few=True) == {0.05: 1.6, 0.1: 1.5, 0.2: 1.7}
+    assert runs.tried("spectron", NANO, few=True) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.7}, [])
     store(Run("spectron", 0.2), 1.45)
-    assert runs.tried("spectron", NANO, few=True) == {0.05: 1.6, 0.1: 1.5, 0.2: 1.45, 0.5: 1.3}
-    assert runs.best_of(runs.tried("spectron", NANO)) == 0.5
+    assert runs.tried("spectron", NANO, few=True) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.45, 0.5: 1.3}, [1.0])
+    store(Run("spectron", 1.0), 1.2)
+    found, missing = runs.tried("spectron", NANO, few=True)
+    assert runs.best_of(found) == 1.0 and not missing  # at the edge, but a grid grows twice at most
+    assert runs.tried("spectron", NANO)[1] == [2.0]  # six of its own, and none outside them yet
 
 
 def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
