@@ -80,7 +80,7 @@ RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
 for name in DEARER[1:]:
     lr = {"fira": 2e-3, "sltrain": 5e-3}.get(name, ARMS[name].lr)  # the best of equal tokens
-    add(name, f"{name}-flops", "equal FLOPs", steps="flops", twin="spectron", lr=lr)
+    add(name, f"{name}-flops", steps="flops", twin="spectron", lr=lr)
 
 CLAIMS = [  # the rivals' own settings, varied
     "sct",

@@ -8,7 +8,8 @@ from pathlib import Path
 from data import replacing
 from model import SIZES, count_parameters
 from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
-from paper.runs import Run, log_of
+from paper.runs import Run, log_of, seconds_per_step
+from tools import plot
 from tools.plot import COLOURS, new_figure, read_log
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
@@ -32,8 +33,7 @@ def look(arm: str) -> dict:
 
 
 def unit(found) -> str:
-    made_with = {read_log(log)[0]["config"].get("tokenizer") for o in found for log in o.logs[:1]}
-    return "nats per byte" if made_with == {"bytes"} else "nats per token"
+    return plot.unit([read_log(log)[0]["config"] for o in found for log in o.logs[:1]])
 
 
 def points(log, key: str, x: str = "step") -> list[tuple]:
@@ -79,12 +79,13 @@ def validation_label(found) -> str:
     return f"validation loss, first {tokens:,} tokens\n({unit(found)})"
 
 
-def curve(ax, o, x: str = "step") -> None:
-    """The validation loss of an arm: the mean over its seeds, and all of them as a band."""
+def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
+    """The validation loss of an arm over x in units of `each`: the mean over its seeds, and all of them as a
+    band."""
     logs = [validation(log, x) for log in o.logs]
     if not logs:
         return
-    xs, (low, mean, high) = [p[0] for p in logs[0]], zip(*(
+    xs, (low, mean, high) = [each * p[0] for p in logs[0]], zip(*(
         (min(column), sum(column) / len(column), max(column))
         for column in zip(*([y for _, y in log] for log in logs))))
     style = look(o.arm)
@@ -133,9 +134,9 @@ def figure5(found, paper: dict, scale):
     for o in (low, by_flops):
         curve(left, o, "flops")
     for o in (low, by_time):
-        curve(right, o, "seconds")
+        curve(right, o, "step", seconds_per_step(o.arm, scale))
     left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
-    right.set(xlabel="seconds of training")
+    right.set(xlabel="seconds of training (as paper.seconds timed the steps)")
     legend_below(fig, left, right)
     return fig
 
@@ -195,7 +196,7 @@ def loss_by_arm(found, paper: dict, scale):
 def transfer(found, paper: dict, scale):
     """A panel for each method: how far each width and rank ends above its own best loss."""
     by_name = {o.arm: o for o in found}
-    fig, axes = panels(len(TRANSFERRED), 11.5, sharey=True)
+    fig, axes = panels(len(TRANSFERRED), 12.5, sharey=True)
     for ax, (method, arms) in zip(axes, TRANSFERRED.items()):
         for i, o in enumerate(by_name[arm] for arm in arms):
             shown = [(lr, loss - o.grid[o.lr]) for lr, loss in o.grid.items() if loss is not None]

@@ -1,9 +1,8 @@
 """Equilibrated Spectron beside Spectron in every setting where both were tuned alike: a table, a figure."""
 
 from paper import draw, runs
-from paper.arms import ARMS
 from paper.experiments import Outcome, gap, outcomes_of
-from paper.runs import RESULTS, Run, Scale, final_loss, log_of
+from paper.runs import RESULTS, Scale, best_of, final_loss
 from paper.tables import markdown
 from tools.plot import read_log
 
@@ -11,7 +10,7 @@ HALF = {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}
 SETTINGS = [("the offline corpus", {"seeds": 5}), ("half the batch", HALF),
             ("that, IMDb reviews", HALF | {"data": "data/imdb-bytes"}),
             ("a width of 384", {"scale": "nano-7.3M"}),
-            ("four times the steps", {"steps": 800, "seeds": 1})]
+            ("four times the steps", {"steps": 800, "seeds": 5})]
 GOAL = -0.03  # nats
 
 
@@ -40,22 +39,45 @@ def table(found: dict) -> str:
     return markdown(head, rows)
 
 
-CANDIDATES = {  # CAND of candidates.diff, but for silu, which is CoLA's layer under Spectron
+CANDIDATES = {  # CAND of candidates.diff; silu is CoLA's layer under Spectron
     "no1": "radius without its + 1", "exact": "radius from the exact norm of dW",
-    "after": "rows normalized after the polar factor", "kinds": "ranks by kind of matrix",
-    "silu": "silu between the factors"}
+    "half": "rows divided by the root of their length", "after": "rows normalized after the polar factor",
+    "kinds": "ranks by kind of matrix", "silu": "silu between the factors",
+    **{f"{name}-equilibrated": f"{label}, even rows" for name, label in (
+        ("no1", "without the + 1"), ("exact", "exact norm"), ("after", "rows normalized after as well"),
+        ("kinds", "ranks by kind"), ("silu", "silu"))},
+    "spectron-rank1": "rank ratio 1", "silu-rank1": "rank ratio 1, silu"}
+
+
+def candidate(name: str, folder: str) -> Outcome:
+    """What an idea came to, from its logs in results/equilibrated/candidates/<folder>."""
+    logs = {}
+    for log in sorted((RESULTS / "equilibrated/candidates" / folder).glob(f"{name}-lr*")):
+        lr, seed = log.stem.removeprefix(f"{name}-lr").split("-seed")
+        logs[float(lr), int(seed)] = log
+    grid = {lr: final_loss(log) for (lr, seed), log in sorted(logs.items()) if seed == 0}
+    best = best_of(grid)
+    logs = {seed: log for (lr, seed), log in sorted(logs.items()) if lr == best}
+    return Outcome(name, grid, best, {seed: final_loss(log) for seed, log in logs.items()},
+                   list(logs.values()))
 
 
 def candidates() -> str:
-    """What else was tried, one run each, beside Spectron's and equilibrated Spectron's at half the batch."""
-    half, where, rows = scales()["half the batch"], RESULTS / "equilibrated" / "candidates", []
-    logs = {ARMS[arm].label: log_of(Run(arm, 0.2), half) for arm in ("spectron", "equilibrated")}
-    logs |= {label: where / f"{name}-lr0.2-seed0.jsonl" for name, label in CANDIDATES.items()}
-    for label, log in logs.items():
-        records = read_log(log)[1]
+    """What else was tried, each at its best learning rate, beside Spectron and equilibrated Spectron."""
+    short, long = (pairs()[label] for label in ("the offline corpus", "four times the steps"))
+    found = [(o.label, o, ends) for o, ends in zip(short, long)]
+    found += [(label, candidate(name, "200x4096"), candidate(name, "800x4096"))
+              for name, label in CANDIDATES.items()]
+    rows = []
+    for label, o, ends in found:
+        records, (difference, interval, seeds) = read_log(o.logs[0])[1], gap(short[1], o)
         gauge = max(r["gauge"] for r in records if r.get("gauge") is not None)
-        rows.append([label, f"{final_loss(log):.3f}", f"{gauge:.2f}", f"{records[-1]['flops']:.2e}"])
-    return markdown(["lr 0.2, seed 0", "loss", "largest gauge", "FLOPs"], rows)
+        over = f"{difference:+.3f}" + (f" ± {interval:.3f}" if seeds > 1 else "") if difference else ""
+        rows.append([label, f"{o.lr:g}", str(o), over,
+                     str(len(o.losses)), f"{gauge:.2f}", f"{o.flops:.2e}",
+                     f"{min(ends.grid.values()):.3f}" if ends.grid else ""])
+    return markdown(["", "lr", "loss", "over equilibrated Spectron", "seeds", "largest gauge", "FLOPs",
+                     "800 steps, seed 0"], rows)
 
 
 def figure(found: dict):

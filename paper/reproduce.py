@@ -42,9 +42,9 @@ their ratios compare.
 
 - All arms see the same tokens in the same order, with one schedule and clipping, and a momentum of 0.7 where
   they have one. adam_lr is what its own table says: 3e-3, for Muon on factors 1e-2, for all with AdamW 3e-2.
-- Each arm has six learning rates on the series 1, 2, 5, 10 (three where a table says so), and up to two more
-  where the best is at the edge. Neighbours are a factor of 2 or 2.5 apart, so that differences of about 0.02
-  nats may be the grid's.
+- Each arm has six learning rates on the series 1, 2, 5, 10, and up to two more where the best is at the edge.
+  They start with three in Table 3, in Figures 5, 6 and 13, at equal FLOPs, on IMDb and among the claims.
+  Neighbours are a factor of 2 or 2.5 apart, so that differences of about 0.02 nats may be the grid's.
 - The best learning rate of seed 0 gets the other seeds: mean ± standard deviation, n. Seed 0 counts too.
 - Differences are taken seed by seed, with their 95% interval (Student's t, which three seeds leave wide).
 - "lr within 5%" is the factor spanned by the learning rates that end within 5% of the arm's best loss.
@@ -57,7 +57,8 @@ their ratios compare.
 Elsewhere: [equilibrated Spectron](equilibrated/README.md), [sixteen metrics](geometry/README.md) of the same
 models, [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md), the scaling laws by
 [parabolas](isoflop/table.md) and as [a law of N and D](parametric/table.md), Figures 8 and 9,
-[speed](bench/README.md), [the tasks beside lm-evaluation-harness](evals/README.md).
+[the momentum](momentum/nano-800x4096/table.md), [speed](bench/README.md),
+[the tasks beside lm-evaluation-harness](evals/README.md).
 """
 
 
@@ -284,8 +285,10 @@ def equilibrated_everywhere() -> None:
     found, where = equilibrated.pairs(), RESULTS / "equilibrated"
     write(where / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
           f"equilibrated`\n\n{equilibrated.table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
-          "200 steps of 2,048 bytes with the code of [candidates.diff](candidates.diff), where the variable "
-          "CAND names the idea, e.g. exact; each [log](candidates) has its flags.\n\n"
+          "Each idea at its best of at least three learning rates, with the code of "
+          "[candidates.diff](candidates.diff), whose variable CAND names the idea, e.g. exact. Each "
+          "[log](candidates) has its flags. The exact norm was run on a CPU, and 800 steps at three learning "
+          "rates.\n\n"
           f"{equilibrated.candidates()}")
     draw.save(equilibrated.figure(found), where / "figure.png", "After 200 steps even rows have lowered the "
               "loss; after 800 little of it is left", "")

@@ -25,7 +25,7 @@ from tools.plot import COLOURS, new_figure
 
 STEPS, TIMES = (5, 50, 200), (0, 1, 2)
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TRAIN = f"--steps {STEPS[-1]} --lr 0.1 --momentum 0.9 --eval_tokens 16384 --final_eval_tokens 16384"
+TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_tokens 16384"
 
 
 def momenta(checkpoint: dict) -> dict:
@@ -82,9 +82,10 @@ def figure(records):
             ax.vlines(places, [r["min"] for r in some], [r["max"] for r in some], color=colour, lw=1.8,
                       label=f"--equilibrate {times}")
         ax.axhline(1, color="0.6", lw=0.8, zorder=0)
-        ax.set(xlabel=f"step {step}", ylim=(0, None))
+        ax.set(xlabel=f"step {step}")
         ax.set_xticks([2.6 * i + 0.95 for i in range(len(KINDS))],
                       [kind.removesuffix("_proj") for kind in KINDS], rotation=60)
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("length of a row of O over their RMS:\nfrom the shortest to the longest")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
     return fig
@@ -108,12 +109,12 @@ def main(argv=None):
         for step in STEPS for times in TIMES]
     ratios = ", ".join(f"{r['kind'].removesuffix('_proj')} {r['min_ratio']:.2f} to {r['max_ratio']:.2f}"
                        for r in records if "min_ratio" in r)
-    write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.1, "
-          f"momentum 0.9, seed 0; all four blocks.\n\n{markdown(head, rows)}\n"
+    write(where / "rows.md", "# How even the rows are\n\n`python -m paper.rows`. Nano, 200 steps, lr 0.2, "
+          f"momentum 0.7, seed 0; all four blocks.\n\n{markdown(head, rows)}\n"
           f"sigma_A / sigma_B after the last step, the least and the most of four blocks: {ratios}.\n\n"
           "![figure](rows.png)\n")
     save(figure(records), where / "rows.png", "The rows of A of gate and up and of B of down are the uneven "
-         "ones; dividing once makes the others less even, and correcting once evens all",
+         "ones; dividing once makes the even ones less even, and correcting once evens all",
          "Size nano; two groups of bars for each matrix, A left and B right, over all blocks")
     print(f"{where}/rows.json, rows.md, rows.png")
 

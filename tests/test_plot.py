@@ -59,6 +59,12 @@ def test_every_axis_is_drawn(made, tmp_path):
     assert (tmp_path / "fig.png").stat().st_size > 5000
 
 
+def test_a_loss_is_per_byte_where_all_tokens_are_bytes(made):
+    a, b = made("a", tokenizer="bytes"), made("b", tokenizer="gpt2")
+    for runs, per in (([a], "byte"), ([b], "token"), ([a, b], "token")):
+        assert plot.draw(runs, "step", "val_loss").axes[0].get_ylabel() == f"validation loss (nats per {per})"
+
+
 @pytest.mark.parametrize("content", [b"not a log\n", b"", b"\xff\xfe\x00", b"[1, 2]\n", b'{"config": 3}\n',
                                      b"[" * 100_000 + b"\n"], ids=lambda content: repr(content[:10]))
 def test_files_that_are_no_logs_are_one_message(tmp_path, fails, content):

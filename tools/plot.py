@@ -11,7 +11,7 @@ from pathlib import Path
 from data import Parser, UserError, command, replacing
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
-          "val_loss": "validation loss (nats per token)", "loss": "training loss (nats per token)",
+          "val_loss": "validation loss", "loss": "training loss", None: "loss",
           "dW": r"$\|\Delta W\|_2$", "W": r"$\|W\|_2$", "dy": r"$|\Delta y|_{rms}$",
           "gauge": r"$\|\Delta W\|_2\,/\,$lr", "rank": "mean rank of the layers"}
 NORMS = "dW", "W", "dy", "gauge"  # of one matrix
@@ -39,6 +39,11 @@ def read_log(run) -> tuple[dict, list[dict]]:
     except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged, or not a log of train.py: expected JSON lines, the first one "
                         "with a config. Name another run, or train it again") from None
+
+
+def unit(configs: list[dict]) -> str:
+    """Of the losses of runs with these settings."""
+    return "nats per byte" if {c.get("tokenizer") for c in configs} == {"bytes"} else "nats per token"
 
 
 def labels(configs: list[dict], runs: list) -> list[str]:
@@ -84,7 +89,8 @@ def figure(runs, out, x="step", y=None) -> None:
 def draw(runs, x, y):
     """The figure itself. UserError where no run has both x and y."""
     logs = [read_log(run) for run in runs]
-    names, of = labels([header["config"] for header, _ in logs], runs), logs[0][0]["config"].get("spectra_of")
+    configs = [header["config"] for header, _ in logs]
+    names, of = labels(configs, runs), configs[0].get("spectra_of")
     fig = new_figure(7, 4.3)
     ax, curves = fig.subplots(), []
     for i, ((_, records), name) in enumerate(zip(logs, names)):
@@ -100,7 +106,8 @@ def draw(runs, x, y):
     if not curves:
         raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has "
                         f"{', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")
-    ax.set(xlabel=LABELS[x], ylabel=LABELS[y] if y else "loss (nats per token)",
+    loss = y in (None, "loss", "val_loss")
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y] + f" ({unit(configs)})" * loss,
            title=f"{names[0]}: loss" if not y else f"{LABELS[y]} of {of}" if y in NORMS else "")
     ax.set_yscale("log" if y in ("dW", "dy", "gauge") else "linear")
     ax.grid(alpha=0.25)
