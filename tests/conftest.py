@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SPECTRON_SHARED", ROOT.parent / "shared"))
 
 TINY = ["--size", "nano-0.6M", "--seq_len", "32", "--tokens_per_step", "256", "--eval_every", "1000",
-        "--dtype", "float32", "--device", "cpu", "--spectra_every", "1"]
+        "--save_every", "1000", "--dtype", "float32", "--device", "cpu", "--spectra_every", "1"]
 # Adam divides a rare token's tiny gradient by its own size, which turns rounding into steps of adam_lr:
 # small ones here.
 SMALL_STEPS = ["--lr", "0.02", "--adam_lr", "0.001"]

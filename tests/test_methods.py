@@ -15,7 +15,6 @@ import eval as evaluation
 import train
 from baselines.self_guided import SelfGuidedLinear, alpha_at, skipped
 from conftest import ROOT, TINY
-from launch import torchrun
 from model import FactorizedLinear, Llama, LlamaConfig, block_matrices
 from tools import export, plot
 
@@ -127,13 +126,6 @@ def test_stop_and_resume_is_the_run_that_was_not_stopped(run, args):
     assert same(saved(whole)["model"], saved(out)["model"])
     timeless = [[{**row, "seconds": 0} for row in plot.read_log(path)[1]] for path in (whole, out)]
     assert timeless[0] == timeless[1]
-
-
-def test_two_ranks_equal_one_process(run, float64, corpus, tmp_path):
-    flags = [*GUIDED, "--method_args", "stochastic=true", "--steps", 6, "--data", corpus]
-    torchrun(tmp_path, 2, [*flags, "--out", tmp_path / "two"])
-    one, two = (saved(out)["model"] for out in (run(*flags), tmp_path / "two"))
-    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-9
 
 
 def test_flops_are_those_that_are_executed(run):
