@@ -131,13 +131,13 @@ def one_lr(found) -> str:
     """Of each method, the learning rate that is best for all its shapes, and what it costs them."""
     rows = []
     for method, arms in TRANSFERRED.items():
-        grids = [(o.grid, o.lr) for o in found if o.arm in arms]
-        def above(lr):
-            return [grid[lr] - grid[best] for grid, best in grids]
-        shared = [lr for lr in grids[0][0] if all(grid.get(lr) is not None for grid, _ in grids)]
-        lr = min(shared, key=lambda lr: sum(above(lr)))
-        rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
-                     f"{statistics.mean(above(lr)):.3f}", f"{max(above(lr)):.3f}"])
+        grids = [(o.grid, o.lr) for o in found if o.arm in arms and o.lr]
+        above = {lr: [grid[lr] - grid[best] for grid, best in grids]
+                 for lr in (grids[0][0] if grids else ()) if all(grid.get(lr) is not None for grid, _ in grids)}
+        if above:
+            lr = min(above, key=lambda lr: sum(above[lr]))
+            rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
+                         f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
     return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
                      "largest"], rows)
 
