@@ -132,8 +132,9 @@ def one_lr(found) -> str:
     rows = []
     for method, arms in TRANSFERRED.items():
         grids = [(o.grid, o.lr) for o in found if o.arm in arms and o.lr]
+        lrs = grids[0][0] if grids else ()
         above = {lr: [grid[lr] - grid[best] for grid, best in grids]
-                 for lr in (grids[0][0] if grids else ()) if all(grid.get(lr) is not None for grid, _ in grids)}
+                 for lr in lrs if all(grid.get(lr) is not None for grid, _ in grids)}
         if above:
             lr = min(above, key=lambda lr: sum(above[lr]))
             rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
