@@ -243,7 +243,8 @@ EXPERIMENTS = {
     "transfer": Experiment(
         "The learning rate over widths and rank ratios", tuple(sum(TRANSFERRED.values(), [])),
         draw.transfer,
-        "One learning rate serves all widths and ranks of Spectron, and of Muon on factors; AdamW's moves",
+        "From a width of 64 on all shapes share one best learning rate under Spectron, and under Muon on "
+        "factors; AdamW's moves",
         "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, adam_lr",

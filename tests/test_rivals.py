@@ -63,7 +63,7 @@ def test_it_trains_resumes_bit_for_bit_is_scored_sampled_and_exported(run, fails
 def test_two_ranks_equal_one_process(run, float64, corpus, tmp_path):
     """All methods in one pair of processes, one after the other."""
     guided = ["--method", "self-guided", "--method_args", "stochastic=true"]
-    argvs = {name: [*args, "--steps", 4, "--spectra_every", 99, "--data", corpus]
+    argvs = {name: [*args, "--steps", 6, "--data", corpus]
              for name, args in ({name: flags(name) for name in METHODS} | {"self-guided": guided}).items()}
     more = "".join(f"train.main({[*TINY, *map(str, argv), '--out', str(tmp_path / ('two-' + name))]!r})\n"
                    for name, argv in argvs.items())
