@@ -8,22 +8,19 @@ gpt2.
 Text becomes shards by `python -m tools.prepare`; FineWeb comes by `python -m tools.download`.
 """
 
-import argparse
-import difflib
-import functools
 import json
-import os
+import math
 import re
 import shlex
-import sys
-import time
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+
+from lib.cli import UserError, rank_and_ranks
+from lib.files import replacing
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 SHARD_TOKENS = 100_000_000
@@ -31,139 +28,7 @@ END_OF_TEXT = "<|endoftext|>"  # stands before each document
 LONG_SPACE = re.compile(r"(\s{10000})")  # tiktoken's stack overflows on a run of a million
 
 
-########################################
-#        Errors and commands           #
-########################################
-
-class UserError(Exception):
-    """A mistake that the user can mend. The message says what was found, what was expected, what to type."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown flag is refused together with the nearest known one."""
-
-    def __init__(self, description=None, **options):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawTextHelpFormatter, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
-            self.error(f"unknown flag or argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
-        return args, unknown
-
-    def error(self, message):
-        raise UserError(message if "--help" in message else f"{message}; see --help")
-
-
-def number(kind=float, least=0, below: float = float("inf")):
-    """For add_argument(type=...): an int or a float, whichever `kind` is, of at least `least`."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text!r} has to be a{' whole' * (kind is int)} number of at "
-                                             f"least {least}" + f", below {below:g}" * (below < float("inf")))
-        return value
-    return parse
-
-
-positive = number(int, 1)
-
-
-def command(main):
-    """Wraps main(argv): a UserError or OSError is one message on stderr and exit code 2, not a traceback."""
-    @functools.wraps(main)
-    def run(argv=None):
-        for stream in sys.stdout, sys.stderr:
-            if hasattr(stream, "reconfigure"):  # a Latin-1 terminal shows ? for what it does not have
-                stream.reconfigure(errors="replace")
-        try:
-            result = main(argv)
-            sys.stdout.flush()
-            return result
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except (UserError, OSError) as error:
-            # Before the ranks of torchrun have joined, all of them find the same mistake: rank 0 tells it.
-            if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
-                print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except RuntimeError as error:
-            if not (torch.distributed.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
-                raise
-            print(f"error: another rank has ended or hangs, so that rank {rank_and_ranks()[0]} ends too "
-                  f"({str(error).splitlines()[0][:150]}). torchrun's report names the first that failed. A "
-                  "checkpoint that was saved is whole: type the same command with --resume auto",
-                  file=sys.stderr)
-            raise SystemExit(1) from None
-    return run
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    """(this process's rank, how many there are) under torchrun; (0, 1) elsewhere. A lone RANK or WORLD_SIZE
-    that some other program has left in the environment counts for nothing."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-    if not all(os.environ.get(name) for name in names):
-        return 0, 1
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        return 0, 1
-
-
-@contextmanager
-def replacing(path, mode: str = "wb"):
-    """An open file that takes the place of `path` once it is whole and on the disk; what was there stays
-    until then, and an error removes what was written. OSError names the path."""
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    if str(path).startswith("/dev/") or os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **text) as file:  # a device or a pipe has no place to be taken
-            yield file
-        return
-    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name == "posix":  # the name is on the disk when the directory is
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save says RuntimeError
-        if isinstance(cause, OSError) and cause.filename is None:
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
-        raise
-
-
-class Progress:
-    """progress(done, total) shows a line with the time left, where stderr is a terminal."""
-
-    def __init__(self, what: str):
-        self.what, self.started = what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty() and rank_and_ranks()[0] == 0:
-            left = round((time.monotonic() - self.started) / max(1, done) * (total - done))
-            line = f"{self.what}: {done:,}/{total:,}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-            print(f"\r\033[K{line if done < total else ''}", end="", file=sys.stderr, flush=True)
-
-
-########################################
-#              Tokenizers              #
-########################################
+# ------------------------------------------------ Tokenizers ------------------------------------------------
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """A tiktoken Encoding: "bytes" (256 bytes and end-of-text, no download) or one of tiktoken's own names.
@@ -203,7 +68,7 @@ def vocabulary(tokenizer_name: str) -> int:
 
 def padded_vocabulary(tokenizer_name: str) -> int:
     """Rows of the embedding: the vocabulary, up to a multiple of 64."""
-    return 64 * -(-vocabulary(tokenizer_name) // 64)
+    return 64 * math.ceil(vocabulary(tokenizer_name) / 64)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
@@ -218,9 +83,7 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> np.ndarray:
     return lengths
 
 
-########################################
-#                Shards                #
-########################################
+# -------------------------------------------------- Shards --------------------------------------------------
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens as one shard. The file appears whole or not at all."""
@@ -304,7 +167,7 @@ class Split:
         if self.windows == 0:
             raise UserError(f"{directory}: its {split} shards hold {self.tokens:,} tokens and no window of "
                             f"{seq_len} + 1; give it more text, or train with a smaller --seq_len")
-        self._order = None, None
+        self._epoch, self._order = None, None  # (seed, epoch) and the order of its windows
 
     def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (len(indices), T) int64, of these windows. UserError for a token beyond the
@@ -330,9 +193,10 @@ class Split:
 
     def _permuted(self, i: int, seed: int) -> int:
         epoch, place = divmod(i, self.windows)
-        if self._order[0] != (seed, epoch):
-            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(self.windows)
-        return self._order[1][place]
+        if self._epoch != (seed, epoch):
+            self._order = np.random.default_rng([seed, epoch]).permutation(self.windows)
+            self._epoch = seed, epoch
+        return self._order[place]
 
 
 def open_split(directory, split: str, seq_len: int, tokenizer: str) -> Split:

@@ -7,20 +7,11 @@ PIQA and ARC-Easy, equal to that of lm-evaluation-harness 0.4 (tests/compare_lm_
 """
 
 import argparse
-import importlib
 import json
 import math
-import os
-import pickle
 import re
-import shlex
 import statistics
 import time
-import zipfile
-import zlib
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,144 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Parser, Progress, Split, UserError, command, encode, get_tokenizer, open_split,
-                  padded_vocabulary, positive, rank_and_ranks, replacing, token_bytes)
-from model import Llama, LlamaConfig
+from data import Split, encode, get_tokenizer, open_split, padded_vocabulary, token_bytes
+from lib.checkpoints import load_checkpoint, load_model
+from lib.cli import Parser, Progress, UserError, command, positive
+from lib.ranks import choose_device, join_ranks, my_rank, precision, sum_over_ranks
+from lib.files import replacing
+from lib.tasks import Item, read_task
 
-BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
 BATCH_TOKENS = {"cpu": 2**11, "mps": 2**12, "cuda": 2**14}  # of the tasks, in one forward pass
-FETCH = "Fetch the files again: python -m tools.download evals; or name a directory of yours: --eval_dir DIR"
-
-
-########################################
-#          Devices and ranks           #
-########################################
-
-def choose_device(device: str | None = None) -> str:
-    """The device asked for, or the first that is there. UserError if there is none of that kind."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = [name for name in there if there[name]]
-    if device and device not in found:
-        raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "
-                        + " or ".join(found))
-    return device or found[0]
-
-
-def join_ranks(device: str) -> torch.device:
-    """This rank's device. Under torchrun it returns after the ranks have found each other."""
-    where = torch.device(device)
-    if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
-        if where.index >= torch.cuda.device_count():
-            raise UserError(f"torchrun starts more ranks than there are GPUs: --nproc_per_node="
-                            f"{torch.cuda.device_count()} at most, or --device cpu")
-        torch.cuda.set_device(where)
-    if rank_and_ranks()[1] > 1:
-        # If DDP or an optimizer imported it later, it would hold the group in default arguments. Gloo's
-        # threads would then outlive destroy_process_group, and now and then abort the interpreter's exit.
-        importlib.import_module("torch._dynamo")
-        # After a restart torchrun's store still has the addresses of the ranks that are gone: a prefix hides
-        # them. A rank that waits for another one longer than `timeout` gives up.
-        store, rank, ranks = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=ranks, timeout=timedelta(minutes=10))
-    return where
-
-
-def my_rank() -> tuple[int, int]:
-    """(rank, ranks) of the process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's tensor, on the CPU. NCCL wants it on the GPU meanwhile."""
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values)
-    return values.cpu()
-
-
-def precision(device, dtype: str):
-    """Autocast to bfloat16 over fp32 weights, or nothing where dtype is float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-########################################
-#         What a run has left          #
-########################################
-
-def seal(file, size: int) -> bytes:
-    """What stands at the end of a checkpoint: the CRC-32 of the first `size` bytes of the open file."""
-    crc, _ = 0, file.seek(0)
-    while block := file.read(min(2**20, size - file.tell())):
-        crc = zlib.crc32(block, crc)
-    return b"CRC-32 " + crc.to_bytes(4, "big")
-
-
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of train.py, on the CPU. Any exception at all where it is damaged."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        sealed = size > 11 and seal(file, size - 11) == file.read()
-        file.seek(-min(size, 22), os.SEEK_END)
-        # Saved by an older version, or by hand, it is a zip, which ends with a record of 22 bytes.
-        if not sealed and (file.read(4) != b"PK\5\6" or zipfile.ZipFile(path).testzip()):
-            raise ValueError("its CRC is wrong")
-    # weights_only: a stranger's checkpoint cannot run code.
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    missing = ({"model", "optimizers", "step", "seconds", "flops"} - checkpoint.keys()
-               | {"model", "method", "method_args", "tokenizer", "data", "seq_len", "dtype"}
-               - checkpoint["config"].keys())
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    return checkpoint
-
-
-def load_checkpoint(path) -> dict:
-    """What train.py saved in out/run/ckpt.pt. UserError where there is none, or it is damaged."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        begun = "Its run ended before the first one: type its command again, with --resume auto"
-        raise UserError(f"no checkpoint: {path} does not exist. " + (
-            older_checkpoint(path) or (begun if path.with_name("log.jsonl").exists() else "")
-            or "Runs are in out/; make one with: python train.py"))
-    try:
-        return read_checkpoint(path)
-    except PermissionError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of its readers
-        raise UserError(f"{path} is damaged, or not a checkpoint of train.py ({type(error).__name__}). "
-                        + (older_checkpoint(path) or "Name another run, or train it again")) from None
-
-
-def older_checkpoint(path: Path) -> str:
-    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt, and
-    with --keep_every others."""
-    for older in sorted(path.parent.glob("ckpt*.pt"), key=os.path.getmtime, reverse=True):
-        with suppress(Exception):
-            if older != path:
-                return (f"{older}, of step {read_checkpoint(older)['step']}, is whole. Go on from it: "
-                        f"cp {shlex.quote(str(older))} {shlex.quote(str(path))}, and type the same again")
-    return ""
-
-
-def load_model(checkpoint: dict, device) -> Llama:
-    """The model of a checkpoint, with the checkpoint's tensors as its own. UserError where its weights do not
-    fit its config."""
-    config, weights = checkpoint["config"], checkpoint["model"]
-    try:
-        with torch.device("meta"):  # weights that are loaded need not be drawn
-            model = Llama(LlamaConfig(**config["model"]))
-            if weights.keys() != model.state_dict().keys():  # the method has layers of its own
-                method = baseline(config["method"], config["method_args"])
-                model = Llama(LlamaConfig(**config["model"]), method.linear)
-        model.load_state_dict(weights, assign=True)
-    except (*BROKEN, UserError) as error:
-        raise UserError("the checkpoint is damaged, or made by a method that is not here: its weights do not "
-                        f"fit its config ({type(error).__name__}: {str(error)[:200]})") from None
-    return model.to(device)
 
 
 def load_run(path, device="cpu"):
@@ -173,28 +34,15 @@ def load_run(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     model, tokenizer = load_model(checkpoint, device).eval(), get_tokenizer(config["tokenizer"])
-    wanted = padded_vocabulary(config["tokenizer"])
-    if model.config.vocab_size != wanted:
+    needed = padded_vocabulary(config["tokenizer"])
+    if model.config.vocab_size != needed:
         raise UserError(f"{path} has weights for a vocabulary of {model.config.vocab_size}, and its "
-                        f"tokenizer {config['tokenizer']!r} wants {wanted}: not what it was trained with. "
+                        f"tokenizer {config['tokenizer']!r} needs {needed}: not what it was trained with. "
                         "Name another run, or train it again")
     return model, tokenizer, config
 
 
-def baseline(name: str, args: dict):
-    """The Method that the function method() of baselines/NAME.py makes from these arguments."""
-    module = f"baselines.{name.replace('-', '_')}"
-    try:
-        return importlib.import_module(module).method(**args)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
-                        f"{module.replace('.', '/')}.py with a function method(), whose arguments are "
-                        "--method_args") from None
-
-
-########################################
-#              Perplexity              #
-########################################
+# ------------------------------------------------ Perplexity ------------------------------------------------
 
 @torch.no_grad()
 def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str, byte_lengths=None,
@@ -228,24 +76,7 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
             "bits_per_byte": nats / math.log(2) / size if known and size else None, "val_tokens": tokens}
 
 
-########################################
-#      HellaSwag, PIQA, ARC-Easy       #
-########################################
-
-@dataclass(frozen=True)
-class Item:
-    """A question. Its answer is the choice that is likeliest after the context, behind a space."""
-    where: str  # file and line
-    context: str
-    choices: list[str]
-    gold: int
-
-    def __post_init__(self):
-        if len(self.choices) < 2 or not all(isinstance(text, str) for text in (self.context, *self.choices)):
-            raise ValueError("expected a text and a list of texts to choose from")
-        if not (isinstance(self.gold, int) and 0 <= self.gold < len(self.choices)):
-            raise ValueError(f"its label is {self.gold!r} and it has {len(self.choices)} choices")
-
+# ---------------------------------------- HellaSwag, PIQA, ARC-Easy -----------------------------------------
 
 def hellaswag(doc):
     """(context, choices, gold): how does this go on, "activity: what happened, and who"."""
@@ -272,44 +103,6 @@ def arc_easy(doc):
 
 TASKS = {"hellaswag": (hellaswag, "hellaswag_val.jsonl"), "piqa": (piqa, "valid.jsonl"),
          "arc_easy": (arc_easy, "ARC-Easy-Test.jsonl")}
-PIQA_LABELS = "valid-labels.lst"
-
-
-def read_task(task: str, directory: Path) -> list[Item]:
-    """The items of a task's official file. UserError, with the line, where one is not what it should be."""
-    make, name = TASKS[task]
-    path, items = find_file(task, directory, name), []
-    labels = read_text(find_file(task, directory, PIQA_LABELS)).split() if task == "piqa" else None
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            doc = json.loads(line)
-            if labels is not None:
-                doc["label"] = int(labels[len(items)])
-            items.append(Item(f"{path.name}, line {number}", *make(doc)))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not an item with its label ({type(error).__name__}: "
-                            f"{error}), found {line.strip()[:60]!r}. Is a file cut short? {FETCH}") from None
-    if not items or (labels and len(labels) != len(items)):
-        counts = f"{len(items):,} items" + (f" and {len(labels):,} labels" if labels else "")
-        raise UserError(f"{path} has {counts}: it is not whole. {FETCH}")
-    return items
-
-
-def find_file(task: str, directory: Path, name: str) -> Path:
-    for path in directory / name, directory / f"{task}_{name}":
-        if path.is_file():
-            return path
-    part = f"only {name}.part, half of a download," if (directory / f"{name}.part").exists() else f"no {name}"
-    raise UserError(f"{task}: there is {part} in {directory}. {FETCH}")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}. {FETCH}") from None
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -340,12 +133,13 @@ def rows_of(items: list[Item], tokenizer, seq_len: int) -> list[tuple[list[int],
 
 def batches_of(rows, budget: int) -> list[list[int]]:
     """Indices of the rows, the longest first, as many to a batch as pad to `budget` tokens, or one."""
-    batches = []
+    batches, room = [], 0
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
-        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]][0]) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if room == 0:  # the first row of a batch is its longest, to which the others are padded
+            batches.append([])
+            room = max(1, budget // len(rows[i][0]))
+        batches[-1].append(i)
+        room -= 1
     return batches
 
 
@@ -372,8 +166,8 @@ def log_probabilities(model, items, tokenizer, dtype: str, progress=None) -> lis
         sums.index_add_(0, owners, -nats)
         if progress:
             progress(done * len(items) // len(mine), len(items))
-    values = iter(sum_over_ranks(sums).tolist())
-    return [[next(values) for _ in item.choices] for item in items]
+    parts = sum_over_ranks(sums).split([len(item.choices) for item in items])
+    return [part.tolist() for part in parts]
 
 
 def answers(item: Item, sums: list[float]) -> tuple[int, int]:
@@ -401,15 +195,14 @@ def evaluate(model, task: str, items: list[Item], tokenizer, dtype: str, progres
     return {**scores, f"{task}_items": len(items), f"{task}_items_per_second": round(speed, 2)}, records
 
 
-########################################
-#             The command              #
-########################################
+# ----------------------------------------------- The command ------------------------------------------------
 
 def task_names(text: str) -> list[str]:
     """For add_argument(type=...): names with commas between."""
     known, names = ["perplexity", *TASKS], text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no task; there is {','.join(known)}")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is no task; there is {','.join(known)}")
     return list(dict.fromkeys(names))
 
 
@@ -434,10 +227,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     # Whatever can be refused is refused before the first task begins.
     for path in (args.json, args.items):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{path} cannot be written: " + ("it is a directory" if path.is_dir() else
-                                                             f"there is no directory {path.parent}"))
-    items = {name: read_task(name, args.eval_dir)[:args.limit] for name in args.tasks if name in TASKS}
+        if path and path.is_dir():
+            raise UserError(f"{path} cannot be written: it is a directory")
+        if path and not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no directory {path.parent}")
+    items = {name: read_task(name, *TASKS[name], args.eval_dir)[:args.limit]
+             for name in args.tasks if name in TASKS}
     device = join_ranks(choose_device(args.device))
     model, tokenizer, config = load_run(args.run, device)
     if "perplexity" in args.tasks:

@@ -5,6 +5,7 @@ Shapes in comments: B batch, T time, D width, H heads, V vocabulary; m out featu
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture, and with it every parameter count. rank_ratio None means dense weights."""
+    """The architecture, which decides every parameter count. rank_ratio None means dense weights."""
     dim: int
     n_layers: int
     n_heads: int
@@ -23,30 +24,28 @@ class LlamaConfig:
     factorize: str = "all"  # all: the seven matrices of a block; ffn: gate, up and down only
 
     @property
-    def hidden(self) -> int:
+    def ffn_dim(self) -> int:
         """Width of the SwiGLU: 8 D / 3, up to a multiple of 256."""
         return 256 * math.ceil(8 * self.dim / 3 / 256)
 
 
-# Table 5, under the nominal number of parameters of the dense model.
-SIZES = {name: LlamaConfig(dim, n_layers, n_heads) for name, dim, n_layers, n_heads in [
-    ("60M", 512, 8, 8), ("92M", 640, 10, 10), ("134M", 768, 12, 12), ("150M", 768, 14, 12),
-    ("220M", 896, 16, 14), ("325M", 1024, 20, 16), ("500M", 1280, 20, 20), ("780M", 1536, 24, 24),
-    ("835M", 1536, 26, 24), ("1.4B", 2048, 24, 16), ("1.7B", 2048, 30, 16), ("2.7B", 2560, 32, 20)]}
-# For laptops, on bytes: nano, its neighbours under their number of parameters with dense weights, and for the
-# scaling laws two layers of many widths.
-NANO_SIZES = {name: LlamaConfig(dim, n_layers, n_heads, vocab_size=320, seq_len=256)
-              for name, dim, n_layers, n_heads in [
-    ("nano-0.6M", 128, 2, 2), ("nano-1.5M", 192, 3, 3), ("nano", 256, 4, 4), ("nano-7.3M", 384, 4, 6),
-    *((f"nano-2x{dim}", dim, 2, math.ceil(dim / 32)) for dim in (8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192,
-                                                                  256, 320, 384))]}
+# Table 5, under the nominal number of parameters of the dense model: width, layers, heads.
+SIZES = {
+    "60M": LlamaConfig(512, 8, 8), "92M": LlamaConfig(640, 10, 10), "134M": LlamaConfig(768, 12, 12),
+    "150M": LlamaConfig(768, 14, 12), "220M": LlamaConfig(896, 16, 14), "325M": LlamaConfig(1024, 20, 16),
+    "500M": LlamaConfig(1280, 20, 20), "780M": LlamaConfig(1536, 24, 24), "835M": LlamaConfig(1536, 26, 24),
+    "1.4B": LlamaConfig(2048, 24, 16), "1.7B": LlamaConfig(2048, 30, 16), "2.7B": LlamaConfig(2560, 32, 20)}
 ALIASES = {"S": "134M", "M": "500M", "L": "780M"}  # the three of Table 4
+# For laptops, on bytes: by the number of parameters of the dense model, and two layers of many widths.
+nano = partial(LlamaConfig, vocab_size=320, seq_len=256)
+NANO_SIZES = {"nano-0.6M": nano(128, 2, 2), "nano-1.5M": nano(192, 3, 3), "nano": nano(256, 4, 4),
+              "nano-7.3M": nano(384, 4, 6)}
+for width in 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384:
+    NANO_SIZES[f"nano-2x{width}"] = nano(width, 2, math.ceil(width / 32))
 SIZES |= NANO_SIZES | {alias: SIZES[name] for alias, name in ALIASES.items()}
 
 
-########################################
-#          Low-rank weights            #
-########################################
+# --------------------------------------------- Low-rank weights ---------------------------------------------
 
 def rank_of(rank_ratio: float, in_features: int, out_features: int) -> int:
     """The paper's rule: rank_ratio times the *input* width (Appendix B.2). ValueError outside (0, 1]."""
@@ -99,16 +98,13 @@ class FactorizedLinear(nn.Module):
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The two matrices X (m, k) and Y (n, k) of which W is the product X Y^T."""
+        """X (m, k) and Y (n, k), of which W is the product X Y^T."""
         return self.A, self.B
 
     def product(self) -> Tensor:
         """W (m, n), in float64: for export, never for training."""
         X, Y = self.factors()
         return X.double() @ Y.double().T
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
 def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -136,9 +132,7 @@ def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter,
     return [(new.A, new.B) for new in made.values()]
 
 
-########################################
-#                Llama                 #
-########################################
+# -------------------------------------------------- Llama ---------------------------------------------------
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0) -> Tensor:
     """cos and sin of position times frequency, (2, T, head_dim / 2)."""
@@ -154,8 +148,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+causal_attention = partial(F.scaled_dot_product_attention, is_causal=True)  # q, k, v (B, H, T, head_dim) -> y
 
 
 class Attention(nn.Module):
@@ -174,8 +167,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config: LlamaConfig, linear):
         super().__init__()
-        self.gate_proj, self.up_proj = linear(config.dim, config.hidden), linear(config.dim, config.hidden)
-        self.down_proj = linear(config.hidden, config.dim)
+        self.gate_proj, self.up_proj = (linear(config.dim, config.ffn_dim) for _ in range(2))
+        self.down_proj = linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -231,12 +224,8 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attends=None) -> Tensor:
-        """The activations that the head reads, (B, T, D).
-
-        positions (T,) are the tokens' places in the text; the default is 0 to T - 1. attends is a list with
-        one function (q, k, v) -> y for each block, all (B, H, T, head_dim); the default is causal attention,
-        and a KV cache comes in here.
-        """
+        """The activations that the head reads, (B, T, D). positions (T,) are the places of the tokens in the
+        text: 0 to T - 1. attends is a function like causal_attention for each block, where a cache enters."""
         x = self.embedding(tokens)
         rope = self.rope[:, :tokens.size(1)] if positions is None else self.rope[:, positions]
         for block, attend in zip(self.blocks, attends or [causal_attention] * len(self.blocks)):
@@ -252,20 +241,6 @@ class Llama(nn.Module):
         and causal attention, which is half of the T x T scores: 6 * n_layers * T * D."""
         weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
         return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
-
-
-def block_matrices(model: Llama) -> dict[str, nn.Module]:
-    """The seven linear layers of each block, factorized or dense, under their names in the model."""
-    return {name: layer for name, layer in model.named_modules()
-            if name.startswith("blocks.") and isinstance(layer, (nn.Linear, FactorizedLinear))}
-
-
-def split_parameters(model: Llama):
-    """(factor pairs, dense matrices of the blocks, all others: embedding, head and norms)."""
-    pairs = model.factor_pairs()
-    dense = [layer.weight for layer in block_matrices(model).values() if isinstance(layer, nn.Linear)]
-    taken = {id(p) for p in [*dense, *(p for pair in pairs for p in pair)]}
-    return pairs, dense, [p for p in model.parameters() if id(p) not in taken]
 
 
 def count_parameters(config: LlamaConfig) -> int:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError
+from lib.cli import UserError
 from model import FactorizedLinear
-from train import LOW_RANK_FLAGS, METHODS, Method
+from train import METHODS
+from lib.methods import LOW_RANK_FLAGS, Method
 
 ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
 

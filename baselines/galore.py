@@ -10,9 +10,8 @@ uncorrected second moment, and weight decay comes after the step. The log follow
 import torch
 from torch import Tensor
 
-from data import UserError
-from model import split_parameters
-from train import Method, adamw
+from lib.cli import UserError
+from lib.methods import Method, adamw, split_parameters
 
 
 class GaLore(torch.optim.Optimizer):

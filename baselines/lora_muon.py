@@ -11,9 +11,8 @@ weight decay is left out; momentum is Nesterov's, as in the other methods here.
 import torch
 from torch import Tensor
 
-from model import split_parameters
 from spectron import newton_schulz
-from train import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
 
 
 def inverse_root(S: Tensor) -> Tensor:

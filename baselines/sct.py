@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import FactorizedLinear, split_parameters
-from train import LOW_RANK_FLAGS, Method, adamw
+from model import FactorizedLinear
+from lib.methods import LOW_RANK_FLAGS, Method, adamw, split_parameters
 
 
 class SCTLinear(FactorizedLinear):

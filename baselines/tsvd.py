@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from baselines import sct
-from model import block_matrices
-from train import LOW_RANK_FLAGS, WARMUP, Method
+from train import WARMUP
+from lib.methods import LOW_RANK_FLAGS, Method, block_matrices
 
 
 class TSVDLinear(sct.SCTLinear):

@@ -26,9 +26,9 @@ ARMS = {
     "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
     "dense": Arm("dense, Muon", "--method dense", 0.02),
     "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
-    "equilibrated": Arm("equilibrated Spectron", "--equilibrate 1"),
-    "equilibrated-2": Arm("the same, corrected once", "--equilibrate 2"),
-    "equilibrated-muon": Arm("equilibrated Muon on factors", "--no-renormalize --equilibrate 1", 0.02),
+    "equilibrated": Arm("equilibrated Spectron", "--method equilibrated"),
+    "equilibrated-2": Arm("the same, corrected once", "--method equilibrated --method_args times=2"),
+    "equilibrated-muon": Arm("equilibrated Muon on factors", "--method equilibrated --no-renormalize", 0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
     "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided "
                                   "--method_args optimizer=muon", 0.02, "flops", "spectron"),
@@ -57,9 +57,7 @@ def add(base: str, name: str, label: str = "", flags: str = "", **more) -> str:
     return name
 
 
-########################################
-#          Models of all sizes         #
-########################################
+# ------------------------------------------- Models of all sizes --------------------------------------------
 
 LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
@@ -72,9 +70,7 @@ TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{w
                for method in ("spectron", "orthogonalize", "adamw")}
 
 
-########################################
-#              The rivals              #
-########################################
+# ------------------------------------------------ The rivals ------------------------------------------------
 
 RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
@@ -92,9 +88,7 @@ CLAIMS = [  # the rivals' own settings, varied
                 for x, label in ((200, "no restart"), (25, "seven restarts")))]
 
 
-########################################
-#     What other arms have in common   #
-########################################
+# -------------------------------------- What other arms have in common --------------------------------------
 
 def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
     """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""

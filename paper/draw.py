@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from data import replacing
+from lib.files import replacing
 from model import SIZES, count_parameters
 from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
 from paper.runs import Run, log_of, seconds_per_step
@@ -65,9 +65,7 @@ def save(fig, path, message: str, setting: str) -> None:
         fig.savefig(file, format=Path(path).suffix[1:], dpi=150)
 
 
-########################################
-#         Losses over training         #
-########################################
+# ------------------------------------------- Losses over training -------------------------------------------
 
 def validation(log, x: str) -> list[tuple]:
     """The validation losses of a log, without the last, which is over more tokens than the others."""
@@ -141,9 +139,7 @@ def figure5(found, paper: dict, scale):
     return fig
 
 
-########################################
-#        Losses over something         #
-########################################
+# ------------------------------------------ Losses over something -------------------------------------------
 
 def loss_over_lr(found, paper: dict, scale):
     """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
@@ -281,9 +277,7 @@ def figure7(found, paper: dict, scale):
     return fig
 
 
-########################################
-#           Norms over training        #
-########################################
+# ------------------------------------------- Norms over training --------------------------------------------
 
 def norm_curve(ax, o, key: str) -> None:
     """Without the last step, whose learning rate is nearly zero."""

@@ -24,9 +24,7 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of s
 ABLATED = "S", ALIASES["S"]  # Tables 2 and 3 are of this size alone
 
 
-########################################
-#         What the runs came to        #
-########################################
+# ------------------------------------------ What the runs came to -------------------------------------------
 
 @dataclass
 class Outcome:
@@ -117,9 +115,7 @@ def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
             len(pairs))
 
 
-########################################
-#        The tables and figures        #
-########################################
+# ------------------------------------------ The tables and figures ------------------------------------------
 
 def consecutive(found):
     """Each arm with the next one, in the paper's order."""

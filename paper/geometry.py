@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from data import Parser, UserError, command, open_split, replacing
-from eval import choose_device, load_checkpoint, load_model
-from model import Llama, LlamaConfig, block_matrices
+from data import open_split
+from lib.cli import Parser, UserError, command
+from lib.files import replacing
+from lib.checkpoints import load_checkpoint, load_model
+from lib.ranks import choose_device
+from lib.methods import block_matrices
+from model import Llama, LlamaConfig
 from paper import draw, metrics, runs
 from paper.arms import ARMS
 from paper.experiments import outcome
@@ -57,9 +61,7 @@ MESSAGES = {
     "activations": "GaLore and Fira compute most nearly what dense training with AdamW does"}
 
 
-########################################
-#          Weights of a method         #
-########################################
+# ------------------------------------------- Weights of a method --------------------------------------------
 
 def checkpoint(run: Run, step: int) -> dict:
     return load_checkpoint(OUT / SCALE.name / run.name / f"ckpt-{step:06}.pt")
@@ -111,9 +113,7 @@ def activations(model, x) -> list[torch.Tensor]:
     return found
 
 
-########################################
-#             Measurements             #
-########################################
+# ----------------------------------------------- Measurements -----------------------------------------------
 
 def measure(run: Run, step: int) -> dict:
     """Every metric of one checkpoint; those over weights are left out where there is no W."""
@@ -211,9 +211,7 @@ def basins() -> dict:
             for a, b in combinations(weights, 2)}
 
 
-########################################
-#          Tables and figures          #
-########################################
+# -------------------------------------------- Tables and figures --------------------------------------------
 
 def values() -> dict:
     """arm -> a list of seeds, each a list of checkpoints."""

@@ -36,9 +36,7 @@ LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
 PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's, the spacing is assumed
 
 
-########################################
-#               The runs               #
-########################################
+# ------------------------------------------------- The runs -------------------------------------------------
 
 def arm(kind: str, size: str, budget: float) -> str:
     """Its name, under which paper.runs then knows it."""
@@ -105,9 +103,7 @@ def make() -> None:
                        for size in CHECKED.get(budget, ()) for times in (1, *TIMES)], LADDER)
 
 
-########################################
-#               Planning               #
-########################################
+# ------------------------------------------------- Planning -------------------------------------------------
 
 def papers_sizes(budget: float) -> list[str]:
     """39 runs: ten of the twelve sizes of Table 5, without two that have a near twin, and without the
@@ -156,9 +152,7 @@ def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
             f"{spent / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second.\n")
 
 
-########################################
-#         What the runs came to        #
-########################################
+# ------------------------------------------ What the runs came to -------------------------------------------
 
 def rows_of(kind: str) -> list[dict]:
     """Every run of a kind: what it was, what it cost, and what it ended at (None: it diverged)."""

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-########################################
-#              Landscape               #
-########################################
+# ------------------------------------------------ Landscape -------------------------------------------------
 
 def random_direction(weights: list[Tensor], seed: int, normalised: bool = False) -> list[Tensor]:
     """Standard normal, of one size per entry; normalised: of each tensor's own norm."""
@@ -56,9 +54,7 @@ def average_variance(curves) -> float:
     return float(np.var(np.asarray(curves), axis=0).mean())
 
 
-########################################
-#            Interpolation             #
-########################################
+# ---------------------------------------------- Interpolation -----------------------------------------------
 
 def barrier(losses) -> float:
     """How far the loss inside a path rises above the straight line between its ends; 0 or less without a
@@ -72,9 +68,7 @@ def path(loss, start: list[Tensor], end: list[Tensor], points: int = 11) -> list
     return line(loss, start, [b - a for a, b in zip(start, end)], [i / (points - 1) for i in range(points)])
 
 
-########################################
-#               Spectra                #
-########################################
+# ------------------------------------------------- Spectra --------------------------------------------------
 
 def effective_rank(s: Tensor) -> float:
     """exp of the entropy of the singular values as shares."""
@@ -91,9 +85,7 @@ def spectral_gap(s: Tensor) -> float:
     return float((s[0] - s[1]) / s[0]) if s[0] > 0 else 0.0
 
 
-########################################
-#             Activations              #
-########################################
+# ----------------------------------------------- Activations ------------------------------------------------
 
 def cka(X: Tensor, Y: Tensor) -> float:
     """Linear centred kernel alignment of X (tokens, D) and Y (tokens, E): 1 up to rotation and scale."""

@@ -17,7 +17,8 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from data import Parser, UserError, command, number, positive, replacing
+from lib.cli import Parser, UserError, command, number, positive
+from lib.files import replacing
 from model import ALIASES, SIZES, count_parameters
 from paper import draw, equilibrated, isoflop, runs, scaling_report
 from paper.arms import ARMS, TRANSFERRED
@@ -62,9 +63,7 @@ models, [parameter counts of Table 4](table4/table.md) and [Table 5](table5/tabl
 """
 
 
-########################################
-#                Tables                #
-########################################
+# -------------------------------------------------- Tables --------------------------------------------------
 
 def table(name: str, scale: Scale) -> str:
     """Every arm at its best learning rate, beside the paper, as Markdown."""
@@ -208,9 +207,7 @@ def write(path: Path, text: str) -> None:
         file.write(text)
 
 
-########################################
-#                Counts                #
-########################################
+# -------------------------------------------------- Counts --------------------------------------------------
 
 def counts(name: str) -> str:
     """Tables 4 and 5: parameters at the paper's vocabulary of 32,000, dense and at a rank ratio of 0.25."""
@@ -254,9 +251,7 @@ def write_report() -> None:
     print(f"{RESULTS}/README.md, readme.png")
 
 
-########################################
-#               The runs               #
-########################################
+# ------------------------------------------------- The runs -------------------------------------------------
 
 def plan(name: str, scale: Scale) -> str:
     e = EXPERIMENTS[name]

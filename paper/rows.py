@@ -14,18 +14,19 @@ from pathlib import Path
 
 import torch
 
-from data import Parser, command
-from eval import load_checkpoint, load_model
-from model import block_matrices
+from lib.cli import Parser, command
+from lib.checkpoints import load_checkpoint, load_model
 from paper.draw import save
 from paper.reproduce import markdown, write
 from paper.runs import RESULTS
-from spectron import equilibrate, newton_schulz
+from baselines.equilibrated import equilibrate
+from spectron import newton_schulz
 from tools.plot import COLOURS, new_figure
 
 STEPS, TIMES = (5, 50, 200), (0, 1, 2)
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_tokens 16384"
+from lib.methods import block_matrices
 
 
 def momenta(checkpoint: dict) -> dict:

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 import train
-from data import UserError, replacing
+from lib.cli import UserError
+from lib.files import replacing
 from model import NANO_SIZES, Llama, LlamaConfig
 from paper.arms import ARMS, Arm
-from tools.safety import lock
+from lib.files import lock
 from tools.plot import read_log
 
 RESULTS, OUT = Path("results"), Path("out/paper")
@@ -36,9 +37,7 @@ WIDER = 2  # times that a grid may grow where its best is at the edge
 KEPT = 100  # steps of a log, beside those that were validated
 
 
-########################################
-#                Scales                #
-########################################
+# -------------------------------------------------- Scales --------------------------------------------------
 
 @dataclass(frozen=True)
 class Scale:
@@ -66,12 +65,12 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
              "seeds": None if seeds == 3 else seeds}
     given, size = {key: value for key, value in given.items() if value is not None}, scale
     nano = size in NANO_SIZES
-    default = train.defaults({"size": size}, "cpu")
-    shortened = f"-{steps or 'paper'}x{tokens_per_step or default['tokens_per_step']}" \
+    default = train.new_run({"size": size}, "cpu")
+    shortened = f"-{steps or 'paper'}x{tokens_per_step or default.tokens_per_step}" \
         if steps or tokens_per_step else ""
     name = size + (f"-{Path(data).name}" if data else "") + shortened
     return Scale(given, size, name, steps or (200 if nano else None),
-                 tokens_per_step or default["tokens_per_step"], data or default["data"],
+                 tokens_per_step or default.tokens_per_step, data or default.data,
                  lrs or (6 if nano else 3), seeds)
 
 
@@ -125,9 +124,7 @@ def flags_of(arm: Arm, scale: Scale) -> list[str]:
             "--tokens_per_step", str(scale.tokens_per_step), *scale.flags]
 
 
-########################################
-#                 Runs                 #
-########################################
+# --------------------------------------------------- Runs ---------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
@@ -269,9 +266,7 @@ def score(run: Run, scale: Scale, tasks: tuple) -> None:
         raise UserError(f"no scores of {run.name} (above is why); the same command goes on")
 
 
-########################################
-#             The protocol             #
-########################################
+# ----------------------------------------------- The protocol -----------------------------------------------
 
 def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
     """The learning rates that an arm starts from."""

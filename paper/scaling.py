@@ -33,9 +33,7 @@ class Points:
         return len(self.N)
 
 
-########################################
-#     Approach 2: IsoFLOP profiles     #
-########################################
+# --------------------------------------- Approach 2: IsoFLOP profiles ---------------------------------------
 
 @dataclass
 class Profile:
@@ -90,9 +88,7 @@ def isoflop(points: Points, budgets, of: str = "N") -> float:
     return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
 
 
-########################################
-#    Approach 3: the parametric law    #
-########################################
+# -------------------------------------- Approach 3: the parametric law --------------------------------------
 
 @dataclass
 class Law:
@@ -181,9 +177,7 @@ def start_at(law: Law, n0: float, d0: float) -> list[tuple]:
              law.beta)]
 
 
-########################################
-#         How much can be known        #
-########################################
+# ------------------------------------------ How much can be known -------------------------------------------
 
 def resampled(points: Points, budgets, times: int, seed: int = 0) -> np.ndarray:
     """(times, n): how often each run is drawn, with replacement among the runs of its budget."""

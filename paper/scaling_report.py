@@ -7,7 +7,7 @@ import csv
 
 import numpy as np
 
-from data import replacing
+from lib.files import replacing
 from paper import draw
 from paper.isoflop import (BUDGETS, CHECKED, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
                            noise, papers_design, points_of, rows_of)

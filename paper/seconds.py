@@ -7,13 +7,14 @@
 import json
 from statistics import median
 
-from data import Parser, command, replacing
+from lib.cli import Parser, command
+from lib.files import replacing
 from model import SIZES
 from paper import runs
 from paper.arms import ARMS
 from paper.experiments import EXPERIMENTS
 from tools import machine
-from tools.bench import Trainer, in_turn
+from paper.bench import Trainer, in_turn
 
 ROUNDS = 9
 

@@ -5,7 +5,7 @@ import torch
 
 import eval as evaluation
 from conftest import ROOT, TINY
-from tools import bench
+from paper import bench
 
 SMALL = "nano-0.6M"
 

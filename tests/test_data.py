@@ -29,9 +29,7 @@ def make(directory, train=(np.arange(1000) % 250,), val=(np.arange(200) % 250,),
     return directory
 
 
-########################################
-#                Shards                #
-########################################
+# -------------------------------------------------- Shards --------------------------------------------------
 
 def test_a_shard_is_256_int32_with_a_crc_and_then_uint16(tmp_path):
     tokens = np.array([0, 1, 50256, 65535])
@@ -140,9 +138,7 @@ def test_shards_without_meta_are_gpt2(tmp_path):
     assert data.padded_vocabulary("gpt2") == 50304 and data.padded_vocabulary("bytes") == 320
 
 
-########################################
-#               Batches                #
-########################################
+# ------------------------------------------------- Batches --------------------------------------------------
 
 def numbered(directory, T=8):
     """Shards whose windows can be told apart: 3 shards, of 10, 1 and 12 windows and a tail."""
@@ -182,9 +178,7 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_and_not_on_the_ranks(tmp_p
                 assert np.array_equal(whole[i], np.concatenate([part[i] for part in parts]))
 
 
-########################################
-#              Tokenizers              #
-########################################
+# ------------------------------------------------ Tokenizers ------------------------------------------------
 
 def test_bytes_is_a_tiktoken_encoding_of_256_bytes_and_end_of_text():
     encoding = data.get_tokenizer("bytes")
@@ -219,9 +213,7 @@ def test_a_million_white_space_characters_are_encoded(space):
     assert data.encode(gpt2, ordinary).tolist() == gpt2.encode_ordinary(ordinary)
 
 
-########################################
-#        What the commands share       #
-########################################
+# ----------------------------------------- What the commands share ------------------------------------------
 
 def test_ranks_are_those_of_torchrun_alone(monkeypatch):
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}

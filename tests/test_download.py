@@ -188,9 +188,7 @@ def test_misuse_gets_one_message(server, tmp_path, fails):
           "gave up", "refused")
 
 
-########################################
-#         The files of the tasks       #
-########################################
+# ------------------------------------------ The files of the tasks ------------------------------------------
 
 @pytest.fixture
 def publishers(server, monkeypatch):

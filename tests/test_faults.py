@@ -21,7 +21,8 @@ import eval as evaluation
 import train
 from conftest import ROOT, TINY
 from launch import FLOAT64, torchrun
-from tools import export, plot, prepare, safety
+from lib import safety
+from tools import export, plot, prepare
 
 FLAGS = ["--steps", "12", "--save_every", "4", "--eval_every", "6"]
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -41,7 +42,7 @@ def assert_same(one, two):
 def child(script: str, argv, **more) -> subprocess.Popen:
     """train.main(argv) in a process of its own, after `script`."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time\nimport torch\n"
-            f"import data, train\nfrom tools import prepare, safety\n{script}\ntrain.main(sys.argv[1:])")
+            f"import data, train\nfrom lib import safety\nfrom tools import prepare\n{script}\ntrain.main(sys.argv[1:])")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **more)
 
@@ -53,9 +54,7 @@ def wait_for(process, text: str) -> None:
     pytest.fail(f"ended without {text!r}: {process.stderr.read()}")
 
 
-########################################
-#          Killed, and resumed         #
-########################################
+# ------------------------------------------- Killed, and resumed --------------------------------------------
 
 MOMENTS = {
     "before the first checkpoint": f"train.backward = lambda *args: {DIE}",
@@ -132,9 +131,7 @@ def test_a_directory_of_another_is_not_taken_for_a_corpus_half_built(tmp_path, f
     assert (tmp_path / "d.building" / "novel").read_text() == "the only copy"
 
 
-########################################
-#               Signals                #
-########################################
+# ------------------------------------------------- Signals --------------------------------------------------
 
 def test_a_signal_saves_after_its_step_and_a_second_one_leaves_at_once(run, corpus, tmp_path):
     """SIGTERM exits with 0, Ctrl-C with 130; the second Ctrl-C does not wait for the step."""
@@ -185,9 +182,7 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(run, corp
     assert evaluation.load_checkpoint(out)["step"] == 8
 
 
-########################################
-#                Ranks                 #
-########################################
+# -------------------------------------------------- Ranks ---------------------------------------------------
 
 def test_a_rank_that_dies_is_named_and_torchrun_goes_on_to_the_same_end(run, float64, corpus, tmp_path):
     """Rank 1 kills itself in the first attempt, and so does rank 0 in the second."""
@@ -196,11 +191,11 @@ def test_a_rank_that_dies_is_named_and_torchrun_goes_on_to_the_same_end(run, flo
     script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
 {FLOAT64}import train
 attempt, rank = (int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
-backward = train.backward
-def dying(network, train, c, step, *args):
+schedule = train.schedule
+def dying(step, steps):
     if (attempt, rank, step) in ((0, 1, 6), (1, 0, 9)): {DIE}
-    return backward(network, train, c, step, *args)
-train.backward = dying
+    return schedule(step, steps)
+train.schedule = dying
 train.main(sys.argv[1:])""")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -219,12 +214,12 @@ def test_all_ranks_stop_at_the_step_in_which_one_is_told_to(corpus, tmp_path):
     script = tmp_path / "told.py"
     script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
 import train
-backward = train.backward
-def told(network, shards, c, step, *args):
+schedule = train.schedule
+def told(step, steps):
     if (step, os.environ["RANK"]) == (5, "1"):
         os.kill(os.getpid(), signal.SIGTERM)
-    return backward(network, shards, c, step, *args)
-train.backward = told
+    return schedule(step, steps)
+train.schedule = told
 train.main(sys.argv[1:])""")
     ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     subprocess.run([*ranked, *TINY, "--data", corpus, *FLAGS, "--out", tmp_path / "run"], check=True,
@@ -254,9 +249,7 @@ def test_resume_auto_is_for_our_own_directories_and_a_run_that_is_done(run, corp
     fails(train.main, [*auto, "--lr", "0.3"], "--lr 0.3")
 
 
-########################################
-#                Damage                #
-########################################
+# -------------------------------------------------- Damage --------------------------------------------------
 
 def flipped(raw: bytes, bit: int) -> bytes:
     return raw[:bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1:]
@@ -352,9 +345,7 @@ def test_a_damaged_log_is_refused_by_its_name(run, fails):
     assert [row["step"] for row in plot.read_log(out)[1]] == [5, 6]
 
 
-########################################
-#              A full disk             #
-########################################
+# ----------------------------------------------- A full disk ------------------------------------------------
 
 @pytest.fixture
 def at_most():
@@ -398,9 +389,7 @@ def test_a_disk_that_is_full_while_making_shards_or_an_export_leaves_nothing(run
     assert sorted(os.listdir(tmp_path)) == before
 
 
-########################################
-#           Numbers, long runs         #
-########################################
+# -------------------------------------------- Numbers, long runs --------------------------------------------
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(run, fails, monkeypatch):
     out = run("--steps", 6, "--stop_at", 2)

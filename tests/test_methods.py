@@ -15,7 +15,8 @@ import eval as evaluation
 import train
 from baselines.self_guided import SelfGuidedLinear, alpha_at, skipped
 from conftest import ROOT, TINY
-from model import FactorizedLinear, Llama, LlamaConfig, block_matrices
+from lib.methods import block_matrices
+from model import FactorizedLinear, Llama, LlamaConfig
 from tools import export, plot
 
 GUIDED = ["--method", "self-guided"]
@@ -29,9 +30,7 @@ def same(one, two) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-########################################
-#       Self-guided, the layer         #
-########################################
+# ------------------------------------------ Self-guided, the layer ------------------------------------------
 
 def test_the_guide_starts_as_the_product_so_that_alpha_changes_nothing():
     """Eq. 18."""
@@ -93,9 +92,7 @@ def test_the_guide_is_skipped_with_probability_one_minus_alpha_and_each_place_dr
         assert any(skipped(alpha / 50, *other) != skipped(alpha / 50, 0, 0, 0, "a") for alpha in range(50))
 
 
-########################################
-#        Self-guided, the runs         #
-########################################
+# ------------------------------------------ Self-guided, the runs -------------------------------------------
 
 @pytest.mark.parametrize("args", [["init=dense"], ["optimizer=muon"], ["stochastic=true"]])
 def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
@@ -155,9 +152,7 @@ def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
     assert torch.allclose(x @ dense.T, layer(x), atol=1e-5)
 
 
-########################################
-#     How a method is found            #
-########################################
+# ------------------------------------------ How a method is found -------------------------------------------
 
 @pytest.mark.parametrize("flags, fragments", [
     ([*GUIDED, "--method_args", "inti=dense"], ["inti", "baselines/self_guided.py", "--method_args"]),
@@ -222,9 +217,7 @@ def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch):
     assert type(evaluation.load_run(out)[0].blocks[0].ffn.up_proj) is FactorizedLinear
 
 
-########################################
-#      What else a run can record      #
-########################################
+# ---------------------------------------- What else a run can record ----------------------------------------
 
 def test_a_run_that_diverges_can_be_recorded_as_such(run, capsys):
     out = run("--steps", 20, "--lr", 1e30, "--adam_lr", 1e30, "--on_nonfinite", "record")

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT
-from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, block_matrices, count_parameters, factorize_,
-                   rank_of, spectral_factors, split_parameters)
+from lib.methods import block_matrices, split_parameters
+from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters, factorize_, rank_of, spectral_factors
 from spectron import Spectron
 
 # Tables 4 and 5 of the paper, in millions at 32,000 tokens of vocabulary: dense, and at rank ratio 0.25.
@@ -40,7 +40,7 @@ def test_step_counts_are_the_papers(size):
 def test_aliases_and_nano():
     assert [SIZES[alias] for alias in "SML"] == [SIZES[size] for size in ("134M", "500M", "780M")]
     assert 1.9e6 < count_parameters(SIZES["nano"]) < 2.1e6
-    assert SIZES["S"].hidden == 2048 and SIZES["M"].hidden == 3584 and SIZES["L"].hidden == 4096
+    assert SIZES["S"].ffn_dim == 2048 and SIZES["M"].ffn_dim == 3584 and SIZES["L"].ffn_dim == 4096
 
 
 def test_rank_follows_the_input_width():

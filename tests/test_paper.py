@@ -42,9 +42,7 @@ def store(tmp_path, monkeypatch):
     return write
 
 
-########################################
-#               Counts                 #
-########################################
+# -------------------------------------------------- Counts --------------------------------------------------
 
 def test_tables_4_and_5_are_the_papers_counts():
     table5 = reproduce.counts("table5")
@@ -66,9 +64,7 @@ def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
         assert not name.startswith("nano-2x") or config.n_layers == 2
 
 
-########################################
-#             The protocol             #
-########################################
+# ----------------------------------------------- The protocol -----------------------------------------------
 
 def test_every_arm_of_a_comparison_starts_from_as_many_learning_rates():
     for name, e in experiments.EXPERIMENTS.items():
@@ -175,9 +171,7 @@ def test_the_width_is_of_the_learning_rates_within_5_percent():
     assert width({0.05: 1.04, 0.1: 1.0}, 0.1) == "≥ 2x" and width({0.1: None}, None) == ""
 
 
-########################################
-#                 Runs                 #
-########################################
+# --------------------------------------------------- Runs ---------------------------------------------------
 
 def test_thinning_keeps_the_first_the_validated_and_the_last():
     rows = [{"config": {}}, *({"step": i, "loss": 1 / 3, "val_loss": 1.0 if i == 777 else None}
@@ -290,9 +284,7 @@ def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
     assert "fig5: 0 of 9 runs are there" in printed and "nano's sizes" in printed.splitlines()[0]
 
 
-########################################
-#        What has been committed       #
-########################################
+# ----------------------------------------- What has been committed ------------------------------------------
 
 @pytest.mark.parametrize("name", DONE)
 def test_committed_tables_are_what_the_committed_logs_say(name, in_a_copy, monkeypatch):

@@ -219,9 +219,7 @@ def test_a_million_white_space_characters_make_a_corpus(tmp_path, space):
     prepare.main(["text", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "d")])
 
 
-########################################
-#              Real text               #
-########################################
+# ------------------------------------------------ Real text -------------------------------------------------
 
 @pytest.mark.skipif(not GPT2_CACHE.is_dir(), reason="needs the GPT-2 BPE files of the shared data")
 def test_gpt2_tokens_are_tiktokens_and_large_vocabularies_are_refused(tmp_path, monkeypatch):

@@ -36,9 +36,7 @@ def weights(out):
     return torch.load(out / "ckpt.pt", weights_only=True)["model"]
 
 
-########################################
-#            All of them               #
-########################################
+# ----------------------------------------------- All of them ------------------------------------------------
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_resumes_bit_for_bit_is_scored_sampled_and_exported(run, fails, capsys, name):
@@ -99,9 +97,7 @@ def test_a_rank_larger_than_a_matrix_is_one_message(corpus, fails, tmp_path):
                        "--method_args", "rank=999"], "rank=999 is larger", "rank=128 at most")
 
 
-########################################
-#                CoLA                  #
-########################################
+# --------------------------------------------------- CoLA ---------------------------------------------------
 
 def test_the_product_of_colas_factors_starts_with_variance_1_over_m_plus_n():
     layer = CoLALinear(512, 384, 128)
@@ -128,9 +124,7 @@ def test_cola_has_silu_between_its_factors():
     assert torch.allclose(layer(x), (z * torch.sigmoid(z)) @ layer.A.T)
 
 
-########################################
-#            SCT and SLTrain           #
-########################################
+# --------------------------------------------- SCT and SLTrain ----------------------------------------------
 
 def sct_step(layer, **settings):
     groups = [dict(params=[layer.A, layer.B]), dict(params=[layer.s])]
@@ -251,9 +245,7 @@ def test_the_rank_falls_and_is_logged_and_drawn(run, tmp_path):
     assert model.blocks[0].ffn.up_proj.rank == model.blocks[0].ffn.up_proj.s.numel()
 
 
-########################################
-#                ReLoRA                #
-########################################
+# -------------------------------------------------- ReLoRA --------------------------------------------------
 
 def test_reloras_schedule_is_the_authors():
     points = {0: 0, 250: .5, 500: 1, 2500: .976841, 4999: .886878, 5000: 0, 5050: .440989, 5099: .873159,
@@ -284,9 +276,7 @@ def test_a_merge_leaves_the_output_and_empties_a_and_the_moments():
     assert merges == [4, 7, 10] and len(merges) == (11 - 1) // 3
 
 
-########################################
-#            GaLore and Fira           #
-########################################
+# --------------------------------------------- GaLore and Fira ----------------------------------------------
 
 # ||d||, sum of d, d[0, 0] of d = W - W0 after steps 1 and 5, from the authors' classes. The rows: class,
 # shape, scale, weight decay, size of the gradients.

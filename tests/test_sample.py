@@ -23,9 +23,7 @@ def small(seq_len=24, **more):
     return Llama(LlamaConfig(dim=48, n_layers=3, n_heads=4, vocab_size=320, seq_len=seq_len, **more)).eval()
 
 
-########################################
-#             The KV cache             #
-########################################
+# ----------------------------------------------- The KV cache -----------------------------------------------
 
 @pytest.mark.parametrize("config", [{}, {"rank_ratio": None}, {"factorize": "ffn"}])
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -89,9 +87,7 @@ def test_decoding_never_forms_the_product():
             decoder(torch.ones(2, 1, dtype=torch.int64))
 
 
-########################################
-#             What is drawn            #
-########################################
+# ---------------------------------------------- What is drawn -----------------------------------------------
 
 def drawn(model, count=20, **options):
     return list(zip(*sample.generate(model, [256, 100], count, **{"vocab": 257, **options})))
@@ -135,9 +131,7 @@ def test_bytes_wait_until_they_are_a_character():
     assert "".join(text for text, in cut) == "aé\ufffd"
 
 
-########################################
-#             The command              #
-########################################
+# ----------------------------------------------- The command ------------------------------------------------
 
 @pytest.fixture
 def trained(run):

@@ -38,9 +38,7 @@ def random_pair(m, n, r, scale_A=1.0, scale_B=1.0):
     return pair
 
 
-########################################
-#            Newton-Schulz             #
-########################################
+# ---------------------------------------------- Newton-Schulz -----------------------------------------------
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_newton_schulz_keeps_the_singular_vectors_and_brings_every_singular_value_near_one(shape):
@@ -103,9 +101,7 @@ def test_newton_schulz_never_exceeds_its_top_on_spectra_down_to_1e_minus_6(dtype
             assert norm(O.double()) <= top
 
 
-########################################
-#           Power iteration            #
-########################################
+# --------------------------------------------- Power iteration ----------------------------------------------
 
 @pytest.mark.parametrize("shape", [(40, 10), (10, 40), (16, 16), (3, 20, 8)])
 def test_power_iteration_is_never_above_the_norm_and_reaches_it(shape):
@@ -152,9 +148,7 @@ def test_sigma_recovers_after_a_zero_factor_and_from_a_vector_that_the_factor_an
     assert optimizer.state[A]["sigma"] >= 0.9 * before > 0
 
 
-########################################
-#     Algorithm 1, the whole step      #
-########################################
+# --------------------------------------- Algorithm 1, the whole step ----------------------------------------
 
 class Reference:
     """Algorithms 1 to 3 as printed, for one pair, in float64."""
@@ -347,9 +341,7 @@ def test_a_step_at_size_S_launches_fewer_than_400_kernels():
     assert len(pairs) == 84 and 100 < kernels.count < 400, kernels.count
 
 
-########################################
-#             Equilibrate              #
-########################################
+# ----------------------------------------------- Equilibrate ------------------------------------------------
 
 def uneven(m=96, r=24):
     """A momentum whose rows differ in length by factors of e, as real ones do."""
@@ -401,9 +393,7 @@ def test_a_step_of_an_equilibrated_optimizer(times):
         assert torch.allclose(p - q, expected, atol=1e-12)
 
 
-########################################
-#              The bound               #
-########################################
+# ------------------------------------------------ The bound -------------------------------------------------
 
 def adversarial_pairs():
     """Random, unbalanced by 1e3, rank-one, huge, tiny, zero, and aligned with their own updates."""

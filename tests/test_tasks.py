@@ -43,9 +43,7 @@ def plain_log_probability(model, tokenizer, context: str, text: str) -> float:
     return log_p.gather(1, tokens[0, 1:, None])[-len(ending):].sum().item()
 
 
-########################################
-#        Prompts and the scores        #
-########################################
+# ------------------------------------------ Prompts and the scores ------------------------------------------
 
 def test_hellaswags_prompts_are_the_harnesss():
     items = evaluation.read_task("hellaswag", MARKED)
@@ -173,9 +171,7 @@ def test_an_ending_that_the_model_can_not_read_names_its_item():
         rows("fits", "x" * 100)
 
 
-########################################
-#             The command              #
-########################################
+# ----------------------------------------------- The command ------------------------------------------------
 
 def test_scores_items_and_limits(run, tmp_path, capsys):
     out, scores, items = run("--steps", 1, *LONG), tmp_path / "scores.json", tmp_path / "items.jsonl"

@@ -16,7 +16,8 @@ import eval as evaluation
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
 from launch import FLOAT64, torchrun
-from model import Llama, LlamaConfig, split_parameters
+from lib.methods import split_parameters
+from model import Llama, LlamaConfig
 from spectron import Spectron
 from tools import plot, prepare, sample
 
@@ -36,9 +37,7 @@ def largest_difference(one, two):
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-########################################
-#            What a run does           #
-########################################
+# --------------------------------------------- What a run does ----------------------------------------------
 
 @pytest.mark.whole_end
 def test_a_run_learns_and_leaves_a_log_a_checkpoint_and_a_figure(run, capsys):
@@ -135,9 +134,7 @@ def test_gradients_are_clipped_to_norm_one_before_the_step(run, monkeypatch):
     assert all(after == pytest.approx(min(1, before), rel=1e-4) for before, after in norms)
 
 
-########################################
-#        Equal, however it is run      #
-########################################
+# ----------------------------------------- Equal, however it is run -----------------------------------------
 
 def test_accumulation_over_1_2_and_4_micro_steps_is_alike(run, float64):
     runs = [run("--steps", 8, "--batch_size", size, *SMALL_STEPS, out=f"batch-{size}") for size in (8, 4, 2)]
@@ -206,9 +203,7 @@ def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(
     assert first["val_loss"] == pytest.approx(exact[:64].mean().item(), abs=1e-6)
 
 
-########################################
-#              Divergence              #
-########################################
+# ------------------------------------------------ Divergence ------------------------------------------------
 
 def test_a_non_finite_gradient_stops_before_the_weights_and_keeps_the_checkpoint(run, fails, monkeypatch):
     out = run("--steps", 10, "--stop_at", 4, "--save_every", 1000)
@@ -234,9 +229,7 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
     assert records(out)[-1]["val_loss"] is None and "val_loss: None" in capsys.readouterr().out
 
 
-########################################
-#                Misuse                #
-########################################
+# -------------------------------------------------- Misuse --------------------------------------------------
 
 @pytest.mark.parametrize("flags, fragments", [
     (["--rank_rato", "0.5"], ["--rank_rato", "--rank_ratio"]), (["--step", "3"], ["--step", "--steps"]),
@@ -377,9 +370,7 @@ def test_out_that_can_not_be_made_is_one_message(fails, corpus, tmp_path):
         fails(train.main, [*TINY, "--data", corpus, "--steps", 1, "--out", out, "--overwrite"], out)
 
 
-########################################
-#        Flags reach their place       #
-########################################
+# ----------------------------------------- Flags reach their place ------------------------------------------
 
 def optimizers_of(*flags):
     c = train.resolve(train.parse([*TINY, *map(str, flags)]))
@@ -451,9 +442,7 @@ def test_muon_is_torchs_muon_up_to_the_rounding_of_its_products(shape, nesterov)
     assert (ours - theirs).norm() < 0.02 * (ours - start).norm()  # theirs is rounded to 8 bits
 
 
-########################################
-#          Plans, scores, figures      #
-########################################
+# ------------------------------------------ Plans, scores, figures ------------------------------------------
 
 def test_a_dry_run_trains_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

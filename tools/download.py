@@ -23,7 +23,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data import Parser, UserError, command, open_shard
+from data import open_shard
+from lib.cli import Parser, UserError, command
 
 URL = "https://huggingface.co/datasets/kjj0/{corpus}-gpt2/resolve/main"
 SHARDS = {"fineweb10B": 103, "fineweb100B": 1030}  # training shards that are published

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import END_OF_TEXT, Parser, UserError, command, replacing
+from data import END_OF_TEXT
+from lib.cli import Parser, UserError, command
+from lib.files import replacing
 from eval import load_run
-from model import Llama, block_matrices
-from tools.safety import new_directory
+from lib.methods import block_matrices
+from model import Llama
+from lib.files import new_directory
 
 NAMES = {r"^blocks\.": "model.layers.", r"\.attention\.": ".self_attn.", r"\.ffn\.": ".mlp.",
          r"\.attention_norm\.": ".input_layernorm.", r"\.ffn_norm\.": ".post_attention_layernorm.",
@@ -48,7 +51,7 @@ def weights(model: Llama, n_vocab: int) -> dict[str, Tensor]:
 def config_of(model: Llama, tokenizer) -> dict:
     c, end = model.config, tokenizer.eot_token
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-            "vocab_size": tokenizer.n_vocab, "hidden_size": c.dim, "intermediate_size": c.hidden,
+            "vocab_size": tokenizer.n_vocab, "hidden_size": c.dim, "intermediate_size": c.ffn_dim,
             "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
             "num_key_value_heads": c.n_heads,
             "head_dim": c.dim // c.n_heads, "max_position_embeddings": c.seq_len, "hidden_act": "silu",

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import data
-from eval import baseline
-from model import FactorizedLinear, Llama, block_matrices, count_parameters
+from lib.methods import baseline, block_matrices
+from model import FactorizedLinear, Llama, count_parameters
 
 STATE = {"spectron": 4, "dense": 4, "adamw": 8, "dense-adamw": 8}  # bytes for each weight of a block's matrix
 
@@ -58,7 +58,7 @@ def memory(c, model) -> dict[str, int]:
     sums = [m.n_layers * sum(sizes) for sizes in zip(*block_memory(c, model).values())]
     width = 2 if c.dtype == "bfloat16" else 4
     ranks = sum(layer.rank for layer in matrices.values() if isinstance(layer, FactorizedLinear))
-    blocks = m.n_layers * (16 * m.dim + width * (10 * m.dim + 4 * m.hidden)) + width * ranks  # per token
+    blocks = m.n_layers * (16 * m.dim + width * (10 * m.dim + 4 * m.ffn_dim)) + width * ranks  # per token
     logits = m.vocab_size * (width if c.compile else 12)  # eager, the loss holds them in fp32 three times
     copies = 2 * sum(p.numel() for p in model.parameters()) * (width == 2)
     return {"weights": sums[0] + 4 * others, "gradients": sums[1] + 4 * others,

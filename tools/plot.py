@@ -8,7 +8,8 @@ import os
 import textwrap
 from pathlib import Path
 
-from data import Parser, UserError, command, replacing
+from lib.cli import Parser, UserError, command
+from lib.files import replacing
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss", "loss": "training loss", None: "loss",

@@ -22,9 +22,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
-from data import SHARD_TOKENS, Parser, UserError, command, encode, get_tokenizer, replacing, write_shard
-from tools.safety import new_directory
+from data import SHARD_TOKENS, encode, get_tokenizer, open_split, write_shard
+from lib.cli import Parser, UserError, command, rank_and_ranks
+from lib.files import new_directory, replacing
 
 WINDOW = 257  # tokens that a split has at least: one window of nano
 CHUNK = 4096  # characters of a document that is cut from a .txt, at least
@@ -33,9 +35,7 @@ EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "d
             "__pycache__"}  # of the standard library: absent on many installs, or near-duplicates
 
 
-########################################
-#          Files to documents          #
-########################################
+# -------------------------------------------- Files to documents --------------------------------------------
 
 def documents(path: Path):
     """The documents of a .txt (see pieces) or of a .jsonl (one a line, field "text"), plain or .gz. UserError
@@ -87,9 +87,7 @@ def cut_at(text: str) -> int:
     return space.end() if space else 16 * CHUNK
 
 
-########################################
-#         Documents to shards          #
-########################################
+# ------------------------------------------- Documents to shards --------------------------------------------
 
 class ShardWriter:
     """Collects the tokens of a split and writes a shard whenever one is full."""
@@ -198,6 +196,31 @@ def build_stdlib(out="data/stdlib", quiet=False) -> dict:
             except (OSError, UnicodeDecodeError):
                 continue  # a file that this machine keeps broken is no reason to train on nothing
     return write_corpus(texts(), "bytes", out, f"Python {platform.python_version()} standard library", quiet)
+
+
+def open_corpus(c, offline: str):
+    """(train, validation, tokenizer or None). It builds the offline corpus where that is what is missing."""
+    rank = rank_and_ranks()[0]
+    if c.data == offline and not Path(c.data).is_dir() and rank == 0:
+        print(f"building the offline corpus in {c.data}", flush=True)
+        try:
+            build_stdlib(c.data)
+        except (UserError, OSError):
+            if not Path(c.data).is_dir():  # otherwise another run has built it meanwhile
+                raise
+    if dist.is_initialized():
+        dist.barrier()
+    train, val = (open_split(c.data, split, c.seq_len, c.tokenizer) for split in ("train", "val"))
+    found = {"train": train.tokens, "val": val.tokens}
+    if vars(c).setdefault("data_tokens", found) != found:
+        raise UserError(f"{c.data} holds {found} tokens, and this run was trained on {c.data_tokens}: "
+                        "put those shards back, or name where they are now with --data")
+    try:
+        return train, val, get_tokenizer(c.tokenizer)
+    except UserError as error:  # training needs none, so a machine without a network can go on
+        if rank == 0:
+            print(f"there will be no bits per byte and no sample: {error}")
+        return train, val, None
 
 
 @command

@@ -1,9 +1,60 @@
-"""The end of a run: a sample, the figure, and a block of `key: value` lines."""
+"""What a run prints: its plan, a line for each logged step, and at the end a sample and its scores."""
 
 import shlex
 from pathlib import Path
 
-from tools import plot, sample
+import torch
+
+from lib.cli import UserError, hours
+from lib.norms import finite
+from lib.ranks import my_rank
+from tools import machine, plan, plot, sample
+
+
+class Journal:
+    """Prints the plan of a run; then writes and prints a record for each logged step. log(record) appends to
+    log.jsonl. The speed is counted from the record before."""
+
+    def __init__(self, c, model, method, log, step: int, seconds: float):
+        self.c, self.model, self.method, self.log = c, model, method, log
+        self.step_before, self.seconds_before = step, seconds
+        rank, ranks = my_rank()
+        peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
+        self.peak = peak and peak * ranks  # FLOPs per second of all GPUs; None where not known
+        if rank == 0:
+            print(plan.describe(c, model, method.flops_per_token(model), ranks), flush=True)
+
+    def step(self, step: int, flops: int, seconds: float, loss: float, val_loss: float | None, lr: float,
+             norms: dict) -> None:
+        """One logged step: log first, print after."""
+        c, done = self.c, step - self.step_before
+        self.log({"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
+                  "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss, "lr": lr, **norms,
+                  **self.method.logged(self.model)})
+        speed = done * c.tokens_per_step / (seconds - self.seconds_before)  # tokens per second
+        mfu = speed * self.method.flops_per_token(self.model) / self.peak if self.peak else None
+        self.step_before, self.seconds_before = step, seconds
+        print(f"step {step:>6}/{c.steps}  loss {column(finite(loss))}  val {column(val_loss)}  lr {lr:.2e}  "
+              f"gauge {column(norms['gauge'])}  {speed:>9,.0f} tok/s  "
+              f"MFU {'n/a' if mfu is None else f'{mfu:.1%}':>5}  "
+              f"{hours((c.steps - step) * c.tokens_per_step / speed)} left", flush=True)
+
+    def diverged(self, step: int, lr: float, loss: float) -> dict:
+        """A gradient or a loss was not finite: with --on_nonfinite record, log and return what; otherwise
+        UserError."""
+        name = next((n for n, p in self.model.named_parameters() if not p.grad.isfinite().all()), "none")
+        cause = (f"non-finite gradient at step {step}, lr {lr:.3g}, loss {loss:.4g}; the first parameter "
+                 f"that has one: {name}. No weight was touched, and a checkpoint that was saved is whole. "
+                 "Start again with a lower --lr")
+        if self.c.on_nonfinite == "stop":
+            raise UserError(cause)
+        if self.log:
+            self.log({"step": step, "diverged": cause})
+        return {"diverged": cause}
+
+
+def column(x: float | None) -> str:
+    return "      -" if x is None else f"{x:7.4f}"
 
 
 def end_of_run(model, tokenizer, out: Path, c, step: int, seconds: float, scores: dict) -> None:

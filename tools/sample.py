@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Parser, UserError, command, encode, number, positive
-from eval import choose_device, load_run
+from data import encode
+from lib.cli import Parser, UserError, command, number, positive
+from eval import load_run
+from lib.ranks import choose_device
 from model import Llama, causal_attention
 
 

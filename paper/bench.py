@@ -1,11 +1,11 @@
 """Speed and memory on this machine, as ratios of things that are timed in turn in one process.
 
-    python -m tools.bench                             what needs a CPU; the table goes to results/bench/cpu.md
-    python -m tools.bench optimizer nano              some of it, to the screen
-    python -m tools.bench tokenize --text FILE...
-    python -m tools.bench decoding --run out/run      text from its factors, and from dense weights
-    python -m tools.bench predict --mfu 0.4 --peak 989e12 --link 25e9     hours and memory on other hardware
-    python -m tools.bench --gpu                       S, M, L on one CUDA device, to results/bench/gpu.md
+    python -m paper.bench                             what needs a CPU; the table goes to results/bench/cpu.md
+    python -m paper.bench optimizer nano              some of it, to the screen
+    python -m paper.bench tokenize --text FILE...
+    python -m paper.bench decoding --run out/run      text from its factors, and from dense weights
+    python -m paper.bench predict --mfu 0.4 --peak 989e12 --link 25e9     hours and memory on other hardware
+    python -m paper.bench --gpu                       S, M, L on one CUDA device, to results/bench/gpu.md
 """
 
 import gc
@@ -28,9 +28,11 @@ from torch.nn import functional as F
 
 import data
 import train
-from data import Parser, UserError, command, number
-from eval import choose_device, load_run
-from model import SIZES, Llama, LlamaConfig, block_matrices
+from eval import load_run
+from lib.cli import Parser, UserError, command, number
+from lib.methods import block_matrices, muon
+from lib.ranks import choose_device, native_bf16
+from model import SIZES, Llama, LlamaConfig
 from tools import machine, plan, prepare
 from tools.sample import Decoder
 
@@ -38,9 +40,7 @@ RESULTS = Path("results/bench")
 PAPER_STEP = 2**20  # tokens of a step at the paper's sizes
 
 
-########################################
-#             Instruments              #
-########################################
+# ----------------------------------------------- Instruments ------------------------------------------------
 
 def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
     """The seconds of each arm. All are called once without a clock and then in turn, so that whatever else
@@ -80,7 +80,7 @@ def head(*titles) -> str:
 
 def stamp() -> str:
     made = machine.provenance()
-    facts = {"commit": made["git"], **made["hardware"], "native bf16": train.native_bf16("cpu"),
+    facts = {"commit": made["git"], **made["hardware"], "native bf16": native_bf16("cpu"),
              **made["versions"], "date": time.strftime("%Y-%m-%d")}
     return ", ".join(f"{key} {value}" for key, value in facts.items())
 
@@ -90,12 +90,9 @@ class Trainer:
 
     def __init__(self, flags: str, random: bool = False):
         self.c = c = train.resolve(train.parse(shlex.split(flags)))
-        self.device, self.done, method = torch.device(c.device), 0, train.find_method(c.method, c.method_args)
-        torch.manual_seed(c.seed)
-        with self.device:
-            self.model = Llama(LlamaConfig(**c.model), method.linear)
-        self.network = train.wrapped(self.model.to(self.device), c, 1)
-        self.optimizers = method.optimizers(self.model, c)
+        method = train.find_method(c.method, c.method_args)
+        self.model, self.optimizers, self.done, _, _ = train.start(c, method, saved=None)
+        self.network = train.wrapped(self.model, c)
         shape = c.tokens_per_step // c.seq_len, c.seq_len + 1
         tokens = torch.randint(data.vocabulary(c.tokenizer), shape)
         self.split = (SimpleNamespace(batch=lambda *which: (tokens[:, :-1], tokens[:, 1:])) if random else
@@ -105,9 +102,9 @@ class Trainer:
         return self.split.batch(self.done, self.c.tokens_per_step // self.c.seq_len, self.c.seed, 0, 1)
 
     def backward(self):
-        loss = train.backward(self.network, self.split, self.c, self.done, self.device, 0, 1)
-        norm, *_ = train.read_back(self.model, loss, False, 1)
-        train.clip_gradients(self.model, norm, self.done + 1, self.c.lr)
+        loss = train.backward(self.network, *self.batch(), self.c)
+        norm, _, _ = train.read_back(self.model, loss, False)
+        train.clip_gradients(self.model, norm)
 
     def update(self):
         train.update(self.optimizers, train.schedule(self.done, self.c.steps))
@@ -124,9 +121,7 @@ def one_sequence(size: str, method: str = "spectron") -> Trainer:
                    f"{SIZES[size].seq_len}", random=True)
 
 
-########################################
-#           What is measured           #
-########################################
+# --------------------------------------------- What is measured ---------------------------------------------
 
 def optimizer(size="S", rounds=9):
     """Spectron on the factors of a size, beside Muon on the same tensors."""
@@ -136,7 +131,7 @@ def optimizer(size="S", rounds=9):
     for p in factors:
         p.grad = torch.randn_like(p)
     yield from rows(in_turn({f"`Spectron.step()`, factors of {size}": spectron.step, "Muon, the same tensors":
-                             train.muon(factors, 0.02, trainer.c).step}, rounds))
+                             muon(factors, 0.02, trainer.c).step}, rounds))
 
 
 class PlainGPT(nn.Module):
@@ -216,7 +211,7 @@ def batches(flags="", rounds=25):
 
 def memory(size="S"):
     """Peak memory of a process that trains on one sequence a step, beside what --dry_run says. Linux only."""
-    code = (f"from tools.bench import *; t = one_sequence({size!r}); t.step(); t.step(); t.step();"
+    code = (f"from paper.bench import *; t = one_sequence({size!r}); t.step(); t.step(); t.step();"
             " print(sum(plan.memory(t.c, t.model).values()), open('/proc/self/status').read())")
     if sys.platform == "linux":
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -316,9 +311,7 @@ def predict(mfu: float, peak: float, link: float):
                   *(f"{h:,.2f} h" for h in hours), needs)
 
 
-########################################
-#             The command              #
-########################################
+# ----------------------------------------------- The command ------------------------------------------------
 
 CPU = {part.__name__: part for part in (optimizer, nano, sequence, init, start, batches, memory)}
 
@@ -347,10 +340,10 @@ def main(argv=None):
         raise UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(parts)}")
     if args.gpu and not torch.cuda.is_available():
         raise UserError(f"--gpu: torch {torch.__version__} finds no CUDA device; "
-                        "python -m tools.bench measures the CPU")
+                        "python -m paper.bench measures the CPU")
     for name, flag, given in ("tokenize", "--text FILE", args.text), ("decoding", "--run out/run", args.run):
         if name in names and not given:
-            raise UserError(f"{name} needs something to measure: python -m tools.bench {name} {flag}")
+            raise UserError(f"{name} needs something to measure: python -m paper.bench {name} {flag}")
     if {"nano", "start", "batches"} & set(names) and not Path(train.NANO["data"]).is_dir():
         prepare.build_stdlib(train.NANO["data"])
     own_head = [] if names[0] in ("--gpu", "predict") else [head("what", "here", "against", "ratio")]

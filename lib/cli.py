@@ -1,0 +1,126 @@
+"""Command lines: flags, numbers, and a user's mistake as one message."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import time
+from functools import partial, wraps
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what was found, what was expected, what to type."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; an unknown flag is refused together with the nearest known one."""
+
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=partial(argparse.RawTextHelpFormatter, max_help_position=36),
+                         **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
+            self.error(f"unknown flag or argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        return args, unknown
+
+    def error(self, message):
+        raise UserError(message if "--help" in message else f"{message}; see --help")
+
+
+def number(kind=float, least=0, below: float = float("inf")):
+    """For add_argument(type=...): an int or a float, whichever `kind` is, of at least `least`."""
+    expected = f"a {'whole number' if kind is int else 'number'} of at least {least}"
+    if below < float("inf"):
+        expected += f", below {below:g}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} has to be {expected}")
+        return value
+    return parse
+
+
+positive = number(int, 1)
+
+
+def ratio(text: str) -> float:
+    """For add_argument(type=...): a number in (0, 1]."""
+    value = number()(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be in (0, 1], e.g. 0.25")
+    return value
+
+
+def hours(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def command(main):
+    """Wraps main(argv): a UserError or OSError is one message on stderr and exit code 2, not a traceback."""
+    @wraps(main)
+    def run(argv=None):
+        for stream in sys.stdout, sys.stderr:
+            if hasattr(stream, "reconfigure"):  # a Latin-1 terminal shows ? for what it does not have
+                stream.reconfigure(errors="replace")
+        try:
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except (UserError, OSError) as error:
+            # Before the ranks of torchrun have joined, all of them find the same mistake: rank 0 tells it.
+            if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except RuntimeError as error:
+            if not (torch.distributed.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
+                raise
+            print(f"error: another rank has ended or hangs, so that rank {rank_and_ranks()[0]} ends too "
+                  f"({str(error).splitlines()[0][:150]}). torchrun's report names the first that failed. A "
+                  "checkpoint that was saved is whole: type the same command with --resume auto",
+                  file=sys.stderr)
+            raise SystemExit(1) from None
+    return run
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """(this process's rank, how many there are) under torchrun; (0, 1) elsewhere. A lone RANK or WORLD_SIZE
+    that some other program has left in the environment counts for nothing."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    if not all(os.environ.get(name) for name in names):
+        return 0, 1
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        return 0, 1
+
+
+class Progress:
+    """progress(done, total) shows a line with the time left, where stderr is a terminal."""
+
+    def __init__(self, what: str):
+        self.what, self.started = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty() and rank_and_ranks()[0] == 0:
+            left = (time.monotonic() - self.started) / max(1, done) * (total - done)
+            line = f"{self.what}: {done:,}/{total:,}, {hours(left)} left"
+            print(f"\r\033[K{line if done < total else ''}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""The command line of train.py: reading its flags, and refusing those that make no sense."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from types import SimpleNamespace
+
+from lib.cli import Parser, UserError
+
+MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "keep_every", "spectra_every",
+              "out", "stop_at", "on_nonfinite", "data"}  # at --resume
+METAVARS = {"size": "SIZE", "method": "NAME", "method_args": "KEY=VALUE", "data": "DIR", "out": "DIR",
+            "spectra_of": "NAME"}  # others are X, or their choices
+MOVED = {"--equilibrate": "it is a method now: --method equilibrated, or --method equilibrated --method_args "
+                          "times=2 in place of --equilibrate 2"}
+
+
+# ------------------------------------------------- Reading --------------------------------------------------
+
+def parse(doc: str, groups: dict, nano: dict, argv) -> dict:
+    """The flags that were given, and only those. groups: title -> {flag: (kind, default, help)}; nano has the
+    defaults that differ at nano's sizes, which the help names."""
+    for word in argv:
+        if word.split("=")[0] in MOVED:
+            raise UserError(f"unknown flag {word.split('=')[0]}: {MOVED[word.split('=')[0]]}")
+    parser = Parser(doc, usage="python train.py [--flag value ...]")
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, default, text) in flags.items():
+            shown = {True: "on", False: "off"}[default] if kind is bool and default is not None else default
+            if default not in (None, {}):
+                text += f" ({shown}; nano {nano[name]})" if name in nano else f" ({shown})"
+            group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **reading(name, kind))
+    group = parser.add_argument_group("what to do")
+    for name, text, more in (
+            ("resume", "go on from the checkpoint in --out; auto: or start there, where there is none yet",
+             {"nargs": "?", "const": "last", "choices": ["last", "auto"]}),
+            ("overwrite", "start anew in an --out that has a run", {"action": "store_true"}),
+            ("dry_run", "print what would be trained and what it needs, and end", {"action": "store_true"})):
+        group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **more)
+    given = vars(parser.parse_args(argv))
+    for flag in "out", "data":
+        if given.get(flag) == "":
+            raise UserError(f"--{flag} is empty: name a directory, or leave the flag out")
+    if "method" in given:
+        given["method"] = given["method"].replace("_", "-")
+    if "method_args" in given:
+        given["method_args"] = dict(given["method_args"])
+    return given
+
+
+def reading(name: str, kind) -> dict:
+    """How argparse reads a flag whose `kind` is bool, a list of choices, or a function of text."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if isinstance(kind, list):
+        return {"type": type(kind[0]), "choices": kind, "metavar": METAVARS.get(name)}
+    more = {"nargs": "+"} if kind is key_and_value else {}
+    return {"type": kind, "metavar": METAVARS.get(name, "X"), **more}
+
+
+def key_and_value(text: str):
+    """key=value, the value read as true, false or a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value")
+    try:
+        return key, json.loads(value.lower())
+    except ValueError:
+        return key, value
+
+
+def resumed(given: dict, saved: dict, flags: dict, device: str) -> SimpleNamespace:
+    """The settings of a run that goes on: its own, with what was given. UserError where that would change its
+    result."""
+    changed = [f"--{flag} {value} (was {saved.get(flag)})" for flag, value in given.items()
+               if flag not in MAY_CHANGE and saved.get(flag) != value]
+    if changed:
+        raise UserError(f"a resumed run keeps its settings, and these differ: {', '.join(changed)}. Leave "
+                        "them out, or start another run without --resume. What may change: "
+                        + ", ".join(sorted(MAY_CHANGE)))
+    c = SimpleNamespace(**saved)
+    for flag, (_, default, _) in flags.items():
+        vars(c).setdefault(flag, default)  # a flag that is newer than the run
+    c.stop_at = None  # it was the other command's
+    c.compile = c.compile and device == c.device
+    vars(c).update(given)
+    c.device = device
+    return c
+
+
+# ------------------------------------------------- Refusing -------------------------------------------------
+
+def check(given: dict, c, method, core: dict) -> None:
+    """UserError for a flag that would have no effect. `core` are the methods of train.py by their names."""
+    optional = {flag for other in core.values() for flag in other.flags}
+    for flag in sorted(optional & set(given) - set(method.flags)):
+        typed = f"--no-{flag}" if given[flag] is False else f"--{flag}"
+        raise UserError(f"{typed} does not apply to --method {c.method}; it is a flag of --method "
+                        + " or ".join(name for name, other in core.items() if flag in other.flags))
+    if c.compile and not method.compiles:
+        raise UserError(f"--compile does not go with --method {c.method}, whose forward pass changes from "
+                        "step to step: leave it out")
+    for flag, needed, there in (("ns_steps", "--orthogonalize", c.orthogonalize),
+                                ("power_steps", "--renormalize", c.renormalize),
+                                ("muon_lr", "--factorize ffn", c.factorize == "ffn")):
+        if flag in given and not there:
+            raise UserError(f"--{flag} has no effect without {needed}: add that, or leave --{flag} out")
+
+
+def check_compiler(c) -> None:
+    if c.compile and not any(shutil.which(x) for x in (os.environ.get("CXX") or "g++", "clang++", "cl")):
+        raise UserError("--compile needs a C++ compiler, and the path has none: install g++, or --no-compile")
+
+
+def split_batch(c, chosen: bool, ranks: int) -> None:
+    """Sets micro_steps so that batch_size x seq_len x ranks x micro_steps = tokens_per_step; batch_size too
+    unless the user chose it. UserError with the nearest valid value where nothing does."""
+    unit = c.seq_len * ranks
+    if c.tokens_per_step % unit:
+        raise UserError(f"--tokens_per_step {c.tokens_per_step} is not a multiple of {unit} = "
+                        f"--seq_len {c.seq_len} x {ranks} rank(s); the nearest that is: --tokens_per_step "
+                        f"{max(1, round(c.tokens_per_step / unit)) * unit}")
+    sequences = c.tokens_per_step // unit
+    small = [d for d in range(1, math.isqrt(sequences) + 1) if sequences % d == 0]
+    valid = small + [sequences // d for d in small]
+    if not chosen:
+        c.batch_size = max(d for d in valid if d <= c.batch_size)
+    if c.batch_size not in valid:
+        raise UserError(f"--batch_size {c.batch_size} does not divide the {sequences} sequences that a step "
+                        f"gives each of {ranks} rank(s); the nearest that does: --batch_size "
+                        f"{min(valid, key=lambda d: abs(d - c.batch_size))}")
+    c.micro_steps = sequences // c.batch_size
