@@ -288,7 +288,16 @@ def run(c, method, corpus, saved, caught, log) -> None:
     """Train from the checkpoint, or from the start, until --steps, --stop_at, or a signal, which fills
     `caught`. log(record) appends to the run's log."""
     (train, val, tokenizer), (rank, ranks) = corpus, my_rank()
-    model, optimizers, step, seconds, flops = start(c, method, saved)
+    torch.manual_seed(c.seed)
+    if saved:
+        model = checkpoints.load_model(saved, c.device)
+    else:  # on the device, where the SVDs of a large model are fast
+        with torch.device(c.device):
+            model = Llama(LlamaConfig(**c.model), method.linear)
+        model.to(c.device)  # the RoPE table too
+    optimizers = method.optimizers(model, c)
+    assert_assigned(model, optimizers)
+    step, seconds, flops = checkpoints.restore(optimizers, saved) if saved else (0, 0.0, 0)
     network = wrapped(model, c)
     probe, _ = val.read([0])
     spectra = norms.Spectra(model, c.spectra_of, optimizers, probe[:, :64].to(c.device))
@@ -306,7 +315,7 @@ def run(c, method, corpus, saved, caught, log) -> None:
         loss = backward(network, x, y, c)
         norm, loss, told_to_stop = read_back(model, loss, bool(caught))
         if not math.isfinite(norm + loss):  # before any weight is touched
-            scores = journal.diverged(step + 1, fraction * c.lr, loss)
+            scores = journal.diverged(step + 1, fraction, loss)
             break
         clip_gradients(model, norm)
         step, flops = step + 1, flops + round(method.flops_per_token(model) * c.tokens_per_step)
@@ -331,26 +340,13 @@ def run(c, method, corpus, saved, caught, log) -> None:
             lengths = data.token_bytes(tokenizer) if final and tokenizer else None
             scores = validate(model, val, tokens, c.batch_size, c.dtype, lengths)
         if logged:
-            journal.step(step, flops, seconds, loss, scores.get("val_loss"), fraction * c.lr, spectra.after())
+            journal.step(step, fraction, flops, seconds, loss, scores.get("val_loss"), spectra.after())
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
         kept = c.keep_every and step % c.keep_every == 0
         if rank == 0 and (last or kept or step % c.save_every == 0):
             checkpoints.save(c, model, optimizers, step, seconds, flops)
     if rank == 0:
-        report.end_of_run(model, tokenizer, Path(c.out), c, step, seconds, scores)
-
-
-def start(c, method, saved):
-    """(model, optimizers, step, seconds, FLOPs) at the start of a run, or as the checkpoint has them."""
-    torch.manual_seed(c.seed)
-    if saved:
-        model = checkpoints.load_model(saved, c.device)
-    else:  # on the device, where the SVDs of a large model are fast
-        with torch.device(c.device):
-            model = Llama(LlamaConfig(**c.model), method.linear).to(c.device)  # the RoPE table too
-    optimizers = method.optimizers(model, c)
-    assert_assigned(model, optimizers)
-    return model, optimizers, *(checkpoints.restore(optimizers, saved) if saved else (0, 0.0, 0))
+        journal.end(step, seconds, scores, tokenizer)
 
 
 def wrapped(model, c):

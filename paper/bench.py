@@ -90,9 +90,11 @@ class Trainer:
 
     def __init__(self, flags: str, random: bool = False):
         self.c = c = train.resolve(train.parse(shlex.split(flags)))
-        method = train.find_method(c.method, c.method_args)
-        self.model, self.optimizers, self.done, _, _ = train.start(c, method, saved=None)
-        self.network = train.wrapped(self.model, c)
+        method, self.done = train.find_method(c.method, c.method_args), 0
+        torch.manual_seed(c.seed)
+        with torch.device(c.device):
+            self.model = Llama(LlamaConfig(**c.model), method.linear).to(c.device)
+        self.network, self.optimizers = train.wrapped(self.model, c), method.optimizers(self.model, c)
         shape = c.tokens_per_step // c.seq_len, c.seq_len + 1
         tokens = torch.randint(data.vocabulary(c.tokenizer), shape)
         self.split = (SimpleNamespace(batch=lambda *which: (tokens[:, :-1], tokens[:, 1:])) if random else

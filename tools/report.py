@@ -24,10 +24,10 @@ class Journal:
         if rank == 0:
             print(plan.describe(c, model, method.flops_per_token(model), ranks), flush=True)
 
-    def step(self, step: int, flops: int, seconds: float, loss: float, val_loss: float | None, lr: float,
-             norms: dict) -> None:
-        """One logged step: log first, print after."""
-        c, done = self.c, step - self.step_before
+    def step(self, step: int, fraction: float, flops: int, seconds: float, loss: float,
+             val_loss: float | None, norms: dict) -> None:
+        """One logged step, at this fraction of the learning rate. The log comes first."""
+        c, done, lr = self.c, step - self.step_before, fraction * self.c.lr
         self.log({"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
                   "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss, "lr": lr, **norms,
                   **self.method.logged(self.model)})
@@ -39,37 +39,40 @@ class Journal:
               f"MFU {'n/a' if mfu is None else f'{mfu:.1%}':>5}  "
               f"{hours((c.steps - step) * c.tokens_per_step / speed)} left", flush=True)
 
-    def diverged(self, step: int, lr: float, loss: float) -> dict:
-        """A gradient or a loss was not finite: with --on_nonfinite record, log and return what; otherwise
-        UserError."""
+    def diverged(self, step: int, fraction: float, loss: float) -> dict:
+        """A gradient or a loss was not finite. With --on_nonfinite record this is logged and returned;
+        otherwise UserError."""
         name = next((n for n, p in self.model.named_parameters() if not p.grad.isfinite().all()), "none")
-        cause = (f"non-finite gradient at step {step}, lr {lr:.3g}, loss {loss:.4g}; the first parameter "
-                 f"that has one: {name}. No weight was touched, and a checkpoint that was saved is whole. "
-                 "Start again with a lower --lr")
+        cause = (f"non-finite gradient at step {step}, lr {fraction * self.c.lr:.3g}, loss {loss:.4g}; the "
+                 f"first parameter that has one: {name}. No weight was touched, and a checkpoint that was "
+                 "saved is whole. Start again with a lower --lr")
         if self.c.on_nonfinite == "stop":
             raise UserError(cause)
         if self.log:
             self.log({"step": step, "diverged": cause})
         return {"diverged": cause}
 
+    def end(self, step: int, seconds: float, scores: dict, tokenizer) -> None:
+        """A figure, a sample of text, and what came of the run: scores has the final losses, or "diverged"
+        with its cause."""
+        c, out = self.c, Path(self.c.out)
+        if step:
+            plot.figure([out], out / "loss.png")
+        print("---")
+        if step < c.steps and "diverged" not in scores:
+            print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
+                  f"--out {shlex.quote(str(out))}")
+        elif tokenizer and scores.get("val_loss") is not None:
+            steps = sample.generate(self.model, [tokenizer.eot_token], 200, seed=c.seed,
+                                    vocab=tokenizer.n_vocab)
+            text = "".join(piece for piece, in sample.texts(tokenizer, steps, 1))
+            print(f"sample:\n{text}\n---")
+        results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
+        results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
+                    if (out / file).exists()}
+        print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
+                        for key, value in results.items()), flush=True)
+
 
 def column(x: float | None) -> str:
     return "      -" if x is None else f"{x:7.4f}"
-
-
-def end_of_run(model, tokenizer, out: Path, c, step: int, seconds: float, scores: dict) -> None:
-    """Prints what came of a run. scores has the final losses, or "diverged" with its cause."""
-    if step:
-        plot.figure([out], out / "loss.png")
-    print("---")
-    if step < c.steps and "diverged" not in scores:
-        print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
-              f"--out {shlex.quote(str(out))}")
-    elif tokenizer and scores.get("val_loss") is not None:
-        steps = sample.generate(model, [tokenizer.eot_token], 200, seed=c.seed, vocab=tokenizer.n_vocab)
-        print(f"sample:\n{''.join(text for text, in sample.texts(tokenizer, steps, 1))}\n---")
-    results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
-    results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
-                if (out / file).exists()}
-    print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
-                    for key, value in results.items()), flush=True)
