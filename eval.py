@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from data import Split, encode, get_tokenizer, open_split, padded_vocabulary, token_bytes
 from lib.checkpoints import load_checkpoint, load_model
 from lib.cli import Parser, Progress, UserError, command, positive
-from lib.ranks import choose_device, join_ranks, my_rank, precision, sum_over_ranks
 from lib.files import replacing
+from lib.ranks import choose_device, join_ranks, my_rank, precision, sum_over_ranks
 from lib.tasks import Item, read_task
 
 BATCH_TOKENS = {"cpu": 2**11, "mps": 2**12, "cuda": 2**14}  # of the tasks, in one forward pass

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.cli import UserError
-from model import FactorizedLinear
-from train import METHODS
 from lib.methods import LOW_RANK_FLAGS, Method
+from model import FactorizedLinear
+from train import find_method
 
 ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
 
@@ -41,13 +41,13 @@ class CoLALinear(FactorizedLinear):
 
 
 def method(optimizer: str = "adamw", init: str = "normal", activation: str = "silu") -> Method:
-    """optimizer: adamw, CoLA's own, or spectron. ValueError for another value."""
-    for name, value, allowed in (("optimizer", optimizer, ("adamw", "spectron")),
+    """optimizer: adamw, CoLA's own, or spectron or equilibrated. ValueError for another value."""
+    for name, value, allowed in (("optimizer", optimizer, ("adamw", "spectron", "equilibrated")),
                                  ("init", init, ("normal", "spectral")),
                                  ("activation", activation, tuple(ACTIVATIONS))):
         if value not in allowed:
             raise ValueError(f"{name}={value}, expected {' or '.join(f'{name}={x}' for x in allowed)}")
-    core = METHODS[optimizer]
+    core = find_method(optimizer, {})
     lr, nano_lr = (3e-3, 2e-3) if optimizer == "adamw" else (core.lr, core.nano_lr)  # CoLA: 6e-3 at 60M
     return Method(core.optimizers, lr, nano_lr, core.flags or LOW_RANK_FLAGS, nano_adam_lr=core.nano_adam_lr,
                   linear=partial(CoLALinear, init=init, activation=activation))

@@ -11,8 +11,8 @@ weight decay is left out; momentum is Nesterov's, as in the other methods here.
 import torch
 from torch import Tensor
 
-from spectron import newton_schulz
 from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
+from spectron import newton_schulz
 
 
 def inverse_root(S: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
 from model import FactorizedLinear, Llama
 from train import WARMUP, schedule
-from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
 
 
 class ReLoRALinear(FactorizedLinear):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import FactorizedLinear
 from lib.methods import LOW_RANK_FLAGS, Method, adamw, split_parameters
+from model import FactorizedLinear
 
 
 class SCTLinear(FactorizedLinear):

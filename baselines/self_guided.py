@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import FactorizedLinear, Llama
 from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
+from model import FactorizedLinear, Llama
 
 
 class SelfGuidedLinear(FactorizedLinear):

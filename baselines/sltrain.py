@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import FactorizedLinear, Llama
 from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
+from model import FactorizedLinear, Llama
 
 
 class SLTrainLinear(FactorizedLinear):

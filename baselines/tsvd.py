@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from baselines import sct
-from train import WARMUP
 from lib.methods import LOW_RANK_FLAGS, Method, block_matrices
+from train import WARMUP
 
 
 class TSVDLinear(sct.SCTLinear):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from lib.cli import UserError, rank_and_ranks
-from lib.methods import baseline
 from lib.files import replacing
+from lib.methods import baseline
 from model import Llama, LlamaConfig
 
 SEAL = b"CRC-32 "  # stands behind a checkpoint, before the four bytes of its CRC
@@ -47,7 +47,8 @@ def save(c, model, optimizers, step: int, seconds: float, flops: int) -> None:
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """(step, seconds, FLOPs) of a checkpoint, which is emptied; the optimizers get their state."""
+    """Gives the optimizers their state; returns (step, seconds, FLOPs). Empties the checkpoint, for the
+    memory that it holds."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -55,7 +56,7 @@ def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
         raise UserError("the checkpoint is damaged: its optimizers do not fit "
                         f"({type(error).__name__})") from None
     done = tuple(checkpoint[key] for key in ("step", "seconds", "flops"))
-    checkpoint.clear()  # the memory
+    checkpoint.clear()
     return done
 
 
@@ -116,10 +117,7 @@ def load_checkpoint(path) -> dict:
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        begun = "Its run ended before the first one: type its command again, with --resume auto"
-        raise UserError(f"no checkpoint: {path} does not exist. " + (
-            older_checkpoint(path) or (begun if path.with_name("log.jsonl").exists() else "")
-            or "Runs are in out/; make one with: python train.py"))
+        raise UserError(f"no checkpoint: {path} does not exist. {instead_of(path)}")
     try:
         return read_checkpoint(path)
     except PermissionError:
@@ -129,9 +127,19 @@ def load_checkpoint(path) -> dict:
                         + (older_checkpoint(path) or "Name another run, or train it again")) from None
 
 
+def instead_of(path: Path) -> str:
+    """What to do where this checkpoint is absent."""
+    older = older_checkpoint(path)
+    if older:
+        return older
+    if path.with_name("log.jsonl").exists():
+        return "Its run ended before the first one: type its command again, with --resume auto"
+    return "Runs are in out/; make one with: python train.py"
+
+
 def older_checkpoint(path: Path) -> str:
-    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt, and
-    with --keep_every others."""
+    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt, and with
+    --keep_every others."""
     for older in sorted(path.parent.glob("ckpt*.pt"), key=os.path.getmtime, reverse=True):
         with suppress(Exception):
             if older != path:

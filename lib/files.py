@@ -60,7 +60,7 @@ def lock(path: Path, wait: bool = False):
 def new_directory(out: Path, flag: str = "--out"):
     """A directory to fill, OUT.building, that becomes `out` at the end and is removed on an error.
 
-    A second process that makes the same waits for the first, and what a killed one has left is removed.
+    A second process that makes the same one waits for the first. What a killed process left is removed.
     UserError where `out` or something of another's is there.
     """
     building, mine = out.with_name(f"{out.name}.building"), out.with_name(f"{out.name}.building.lock")

@@ -48,7 +48,7 @@ def my_rank() -> tuple[int, int]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's tensor, on the CPU. NCCL wants it on the GPU meanwhile."""
+    """The sum of every rank's tensor, on the CPU. NCCL needs it on the GPU meanwhile."""
     if dist.is_initialized():
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)

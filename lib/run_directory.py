@@ -48,7 +48,7 @@ def run_directory(c, given: dict, step: int, header: dict):
             check_directory(c.out, given)  # once more, now that nobody else can write here
             remove_run(out)
         for name in FILES:
-            (out / f"{name}.part").unlink(missing_ok=True)  # which a kill has left
+            (out / f"{name}.part").unlink(missing_ok=True)  # left by a kill
         cut_log(out / "log.jsonl", step)
         with open(out / "log.jsonl", "ab", buffering=0) as log:
             append(log, {**header, "config": vars(c)})

@@ -2,7 +2,7 @@
 lm-evaluation-harness.
 
     pip install safetensors
-    python -m tools.export out/run --to DIR             A @ B.T multiplied out, as those programs want it
+    python -m tools.export out/run --to DIR             A @ B.T multiplied out, as those programs need it
     python -m tools.export out/run --to DIR --factors   and A and B beside, in factors.safetensors
 
 The padding of the vocabulary is cut off, so that scores are over the tokenizer's own entries, as in eval.py.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from data import END_OF_TEXT
+from eval import load_run
 from lib.cli import Parser, UserError, command
 from lib.files import replacing
-from eval import load_run
+from lib.files import new_directory
 from lib.methods import block_matrices
 from model import Llama
-from lib.files import new_directory
 
 NAMES = {r"^blocks\.": "model.layers.", r"\.attention\.": ".self_attn.", r"\.ffn\.": ".mlp.",
          r"\.attention_norm\.": ".input_layernorm.", r"\.ffn_norm\.": ".post_attention_layernorm.",

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import encode
-from lib.cli import Parser, UserError, command, number, positive
 from eval import load_run
+from lib.cli import Parser, UserError, command, number, positive
 from lib.ranks import choose_device
 from model import Llama, causal_attention
 
