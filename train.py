@@ -288,10 +288,11 @@ def run(c, method, corpus, saved, caught, log) -> None:
     """Train from the checkpoint, or from the start, until --steps, --stop_at, or a signal, which fills
     `caught`. log(record) appends to the run's log."""
     (train, val, tokenizer), (rank, ranks) = corpus, my_rank()
+    # The seed decides the weights. They are made on the device, where the SVDs of a large model are fast.
     torch.manual_seed(c.seed)
     if saved:
         model = checkpoints.load_model(saved, c.device)
-    else:  # on the device, where the SVDs of a large model are fast
+    else:
         with torch.device(c.device):
             model = Llama(LlamaConfig(**c.model), method.linear)
         model.to(c.device)  # the RoPE table too
@@ -299,6 +300,7 @@ def run(c, method, corpus, saved, caught, log) -> None:
     assert_assigned(model, optimizers)
     step, seconds, flops = checkpoints.restore(optimizers, saved) if saved else (0, 0.0, 0)
     network = wrapped(model, c)
+    # Logged steps follow one matrix: how far it moved, and how far its layer's output did on a few tokens.
     probe, _ = val.read([0])
     spectra = norms.Spectra(model, c.spectra_of, optimizers, probe[:, :64].to(c.device))
     journal = report.Journal(c, model, method, log, step, seconds)
