@@ -55,17 +55,17 @@ def rank_of(rank_ratio: float, in_features: int, out_features: int) -> int:
 
 
 def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (m, r), B (n, r): the truncated SVD of W (m, n), A = U_r sqrt(S_r) and B = V_r sqrt(S_r).
-
-    It comes from the eigenvectors of the smaller Gram matrix, which takes a fraction of LAPACK's SVD.
-    """
+    """A (m, r), B (n, r): the truncated SVD of W (m, n), A = U_r sqrt(S_r) and B = V_r sqrt(S_r). It is taken
+    from the eigenvectors of the smaller Gram matrix, which costs a fraction of LAPACK's SVD."""
     if W.size(0) > W.size(1):
         return spectral_factors(W.T, rank)[::-1]
     U = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)  # (m, r); eigh sorts upwards
     U = U * torch.where(U.sum(0) < 0, -1, 1)  # an eigenvector has two signs: always take the same one
     V = W.T @ U  # (n, r) = V_r S_r
-    root = torch.linalg.vector_norm(V, dim=0).clamp_min(torch.finfo(W.dtype).tiny).sqrt()
-    return U * root, V / root
+    S = torch.linalg.vector_norm(V, dim=0)
+    absent = S <= 1e-6 * S[0]  # where the rank of W ends: one factor is zero, not both, so that they can move
+    root = S.masked_fill(absent, 1).sqrt()
+    return U * root, (V / root).masked_fill(absent, 0)
 
 
 class FactorizedLinear(nn.Module):
@@ -85,6 +85,8 @@ class FactorizedLinear(nn.Module):
         """Spectral initialization from nn.Linear's own draw, U(-1/sqrt(n), 1/sqrt(n))."""
         W = torch.empty(self.out_features, self.in_features, device=self.A.device).uniform_(-1, 1)
         self.set_weight(W / self.in_features**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def set_weight(self, W: Tensor) -> None:
@@ -97,6 +99,11 @@ class FactorizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., n) -> (..., m)
         return F.linear(F.linear(x, self.B.T), self.A, self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """W (m, n), for modules that read the weight of their nn.Linear. It cannot be set."""
+        return self.product().to(self.A.dtype)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """X (m, k) and Y (n, k), of which W is the product X Y^T."""
         return self.A, self.B
@@ -107,29 +114,38 @@ class FactorizedLinear(nn.Module):
         return X.double() @ Y.double().T
 
 
-def factorize_(module: nn.Module, rank_ratio: float) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Replace every nn.Linear inside any module, in place, from its own weights, and return the (A, B) pairs
-    for Spectron. Biases stay, and frozen layers stay frozen. ValueError for tied weights."""
+def factorize_(module: nn.Module, rank_ratio: float, skip=()) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Replace every nn.Linear inside any module, in place, from its own weights, but for the names in `skip`.
+    Biases stay, and frozen layers stay frozen. Returns the (A, B) pairs for Spectron. ValueError, nothing
+    replaced, where a layer cannot be; a warning for other kinds of linear layers, which stay dense."""
+    layers = {name: layer for name, layer in module.named_modules(remove_duplicate=False)
+              if type(layer) is nn.Linear and name not in skip}
+    kinds = {type(layer).__name__ for layer in module.modules() if type(layer) is not nn.Linear
+             and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")}
+    if not layers or "" in layers:
+        raise ValueError(f"no nn.Linear inside this {type(module).__name__}; other kinds: {kinds or 'none'}")
     users = [id(p) for child in module.modules() for p in child.parameters(recurse=False)]
-    made = {}
-    for path, old in list(module.named_modules(remove_duplicate=False)):
-        if type(old) is not nn.Linear:
-            continue
-        if not path:
-            raise ValueError("an nn.Linear cannot be replaced in place of itself: wrap it in nn.Sequential")
-        if users.count(id(old.weight)) > 1:
-            raise ValueError(f"{path} shares a tied weight: pass a part of the model without it")
-        n, m = old.in_features, old.out_features
-        if old not in made:  # a layer that is used twice stays one layer
-            with torch.device("meta"):
-                new = FactorizedLinear(n, m, rank_of(rank_ratio, n, m))
-            made[old] = new.to(old.weight.dtype).to_empty(device=old.weight.device)
-            new.set_weight(old.weight)
-            new.bias = old.bias
-            new.A.requires_grad = new.B.requires_grad = old.weight.requires_grad
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, made[old])
+    bad = [name for name, layer in layers.items() if users.count(id(layer.weight)) > 1
+           or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks]
+    if bad:
+        raise ValueError(f"a tied weight, or a hook, would be lost. Leave those layers dense: skip={bad}")
+    if kinds:
+        warnings.warn(f"factorize_ replaces nn.Linear alone; dense stay {', '.join(sorted(kinds))}")
+    made = {layer: low_rank(layer, rank_ratio) for layer in layers.values()}  # one for a layer used twice
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, made[layer])
     return [(new.A, new.B) for new in made.values()]
+
+
+def low_rank(old: nn.Linear, rank_ratio: float) -> FactorizedLinear:
+    n, m = old.in_features, old.out_features
+    with torch.device("meta"):
+        new = FactorizedLinear(n, m, rank_of(rank_ratio, n, m)).to(old.weight.dtype)
+    new.to_empty(device=old.weight.device).set_weight(old.weight)
+    new.bias = old.bias
+    new.A.requires_grad = new.B.requires_grad = old.weight.requires_grad
+    return new
 
 
 # -------------------------------------------------- Llama ---------------------------------------------------
@@ -187,10 +203,8 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     """The paper's decoder: RMSNorm, RoPE, multi-head attention, SwiGLU, no biases, untied embedding and head.
-
-    Inside the blocks every matrix is made by `linear(in_features, out_features, rank)`, or is an nn.Linear
-    where the config says dense. The embedding and the head are dense.
-    """
+    `linear(in_features, out_features, rank)` makes the matrices of the blocks that the config does not make
+    dense. The embedding and the head are dense."""
 
     def __init__(self, config: LlamaConfig, linear=FactorizedLinear):
         super().__init__()
@@ -232,18 +246,5 @@ class Llama(nn.Module):
             x = block(x, rope, attend)
         return self.norm(x)
 
-    def factor_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(A, B) of every factorized matrix, in the order of the modules."""
+    def factor_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:  # in the order of the modules
         return [(layer.A, layer.B) for layer in self.modules() if isinstance(layer, FactorizedLinear)]
-
-    def flops_per_token(self) -> int:
-        """Executed matmul FLOPs of one token, forward and backward: 6 for each weight but the embedding's,
-        and causal attention, which is half of the T x T scores: 6 * n_layers * T * D."""
-        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
-        return 6 * weights + 6 * self.config.n_layers * self.config.seq_len * self.config.dim
-
-
-def count_parameters(config: LlamaConfig) -> int:
-    """Parameters of a model, embedding and head included, without making it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Llama(config).parameters())

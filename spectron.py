@@ -1,25 +1,22 @@
-"""Spectron: an optimizer for weights that exist only as a product of two thin factors, W = A @ B.T.
+"""Spectron (Janson, Oyallon, Belilovsky 2026): an optimizer for weights that exist only as W = A @ B.T.
 
 A step of both factors moves W by dW = dA B^T + A dB^T + dA dB^T (Eq. 2). If neither factor moves by more than
-rho <= 1 (every norm here is spectral), then
-
-    ||dW|| <= rho ||B|| + rho ||A|| + rho^2 <= rho (||A|| + ||B|| + 1)                     (Eqs. 13 to 15)
-
-and with rho = eta / (||A|| + ||B|| + 1) that is ||dW|| <= eta (Eq. 16): the learning rate bounds the step.
-Janson, Oyallon, Belilovsky 2026, "Stabilizing Native Low-Rank LLM Pretraining".
+rho <= 1 in spectral norm (all norms here are), then ||dW|| <= rho (||A|| + ||B|| + rho) (Eqs. 13 to 15). With
+rho = eta / (||A|| + ||B|| + 1) that is at most eta (Eq. 16): the learning rate bounds the step of W.
 """
 
+import warnings
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+unit = partial(torch.nn.functional.normalize, dim=-1, eps=torch.finfo(torch.float32).tiny)
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """Algorithm 2: G = U S V^T (..., p, q) becomes roughly U V^T, in which every singular value is 1.
-
-    Five steps take those above 0.01 of G's Frobenius norm to [0.67, 1.14], smaller ones to [0, 1.21]. Entries
-    have to lie between 1e-20 and 1e18 in size: the squares of others leave float32.
-    """
+    """Algorithm 2: G = U S V^T (..., p, q) becomes roughly U V^T. Singular values above 0.01 of the Frobenius
+    norm come out in [0.67, 1.14], smaller ones in [0, 1.21], for entries between 1e-20 and 1e18 in size."""
     a, b, c = 3.4445, -4.7750, 2.0315  # a steep start at zero; in return values land near 1, not on it
     norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     X = G / (norm + 1e-7 * norm.clamp_max(1)).clamp_min(1e-19)  # the paper's 1e-7, relative for a small G
@@ -33,8 +30,7 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
 
 def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     """Algorithm 3: (sigma, u), an estimate from below of the spectral norm of W (..., p, q), and the vector
-    (..., p) from which the next call starts. For W = 0 that is a fixed one, so that sigma recovers with W.
-    """
+    (..., p) from which the next call starts. For W = 0 that is a fixed one, so that sigma recovers with W."""
     W, u = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (W, u))
     fixed = unit(torch.arange(1, W.size(-2) + 1, dtype=u.dtype, device=u.device).square().cos())
     for _ in range(steps):
@@ -45,32 +41,34 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tenso
     return sigma, u
 
 
-def unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=torch.finfo(torch.float32).tiny)
-
-
 class Spectron(torch.optim.Optimizer):
     """Algorithm 1 on pairs of factors, A (m, r) and B (n, r). Every other parameter needs another optimizer.
 
-    lr is eta. nesterov=False is Algorithm 1 to the letter. Without renormalize a factor moves by eta O, which
-    is Muon on each factor; without orthogonalize by rho M / ||M||, a direction that the paper leaves open;
-    without both by eta M, which is SGD. shape_scale multiplies A's step by sqrt(max(1, m / r)), as the public
-    code does, and breaks the bound. Newton-Schulz runs in ns_dtype (None: the factors' own).
+    lr is eta; nesterov=False is Algorithm 1 to the letter. Without renormalize a factor moves by eta O (Muon
+    on the factors), without orthogonalize by rho M / ||M|| (left open by the paper), without both by eta M
+    (SGD). shape_scale multiplies A's step by sqrt(max(1, m / r)), as the public code does, and voids the
+    bound. Newton-Schulz runs in ns_dtype (None: the factors' own).
     """
 
     def __init__(self, pairs, lr, momentum=0.95, weight_decay=0.0, nesterov=True, shape_scale=False,
                  ns_steps=5, power_steps=1, ns_dtype=None, orthogonalize=True, renormalize=True):
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1 or min(ns_steps, power_steps) < 1:
-            raise ValueError(f"out of range: {lr=} {momentum=} {weight_decay=} {ns_steps=} {power_steps=}")
-        factors = []
-        for A, B in pairs:
-            if not (A.ndim == B.ndim == 2 and A.size(1) == B.size(1)):
-                raise ValueError(f"no pair A (m, r), B (n, r): {tuple(A.shape)}, {tuple(B.shape)}")
-            factors += [A, B]
-        super().__init__(factors, dict(
+        super().__init__(pairs, dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, shape_scale=shape_scale,
             ns_steps=ns_steps, power_steps=power_steps, ns_dtype=ns_dtype, orthogonalize=orthogonalize,
             renormalize=renormalize))
+
+    def add_param_group(self, group):
+        new, factors = {**self.defaults, **group, "params": "..."}, []
+        if not (new["lr"] >= 0 and new["weight_decay"] >= 0 and 0 <= new["momentum"] < 1):
+            raise ValueError(f"expected lr, weight_decay of at least 0 and momentum in [0, 1): {new}")
+        if new["ns_steps"] < 1 or new["power_steps"] < 1:
+            raise ValueError(f"expected ns_steps, power_steps of at least 1: {new}")
+        for A, B in group["params"]:
+            if hasattr(A, "full_tensor") or not (A.ndim == B.ndim == 2 and A.size(1) == B.size(1)
+                                                 and A.requires_grad == B.requires_grad):
+                raise ValueError(f"no pair of whole A (m, r), B (n, r), frozen alike: {A.shape}, {B.shape}")
+            factors += [A, B]
+        super().add_param_group({**group, "params": factors})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -79,19 +77,22 @@ class Spectron(torch.optim.Optimizer):
             alike = {}  # pairs of one shape are one batch: a Llama has three shapes
             for index, (A, B) in enumerate(zip(group["params"][::2], group["params"][1::2])):
                 self.init_state(A, B, seed=index)
-                if A.grad is not None and B.grad is not None:
-                    alike.setdefault((A.shape, B.shape, A.dtype), []).append((A, B))
+                moves = A.grad is not None and B.grad is not None
+                if moves:
+                    alike.setdefault((A.shape, B.shape, A.dtype, A.device), []).append((A, B))
+                idle = self.state[A]["idle"] = 0 if moves else self.state[A].get("idle", 0) + 1
+                if idle == 3 and (A.requires_grad or B.requires_grad):
+                    warnings.warn("a pair had no gradient in three steps: one factor is frozen, or the model "
+                                  "has other parameters now, as after fully_shard or to_empty")
             for pairs in alike.values():
-                As, Bs = zip(*pairs)
-                self.update(As, Bs, group)
+                self.update(*zip(*pairs), group)
         return loss
 
     def update(self, As, Bs, group):
         """One step of k pairs of one shape: As are k factors (m, r), Bs the k factors (n, r) beside them."""
         eta, m, r = group["lr"], *As[0].shape
         O_A, O_B = self.direction(As, group), self.direction(Bs, group)  # (k, m, r), (k, n, r)
-        rho = torch.full((len(As), 1, 1), eta, device=O_A.device,
-                         dtype=torch.promote_types(As[0].dtype, torch.float32))
+        rho = As[0].new_full((len(As), 1, 1), eta)
         if group["renormalize"]:
             rho = eta / (self.spectral_norm(As, group) + self.spectral_norm(Bs, group) + 1)  # Eq. 16
         rho_A = rho * max(1, m / r) ** 0.5 if group["shape_scale"] else rho

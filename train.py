@@ -25,12 +25,12 @@ import data
 from eval import validate
 from lib import checkpoints, flags, norms
 from lib.cli import UserError, command, number, positive, rank_and_ranks, ratio
-from lib.methods import (LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, assert_assigned, baseline, muon,
-                         split_parameters)
+from lib.methods import (LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, assert_assigned, baseline,
+                         count_parameters, muon, split_parameters)
 from lib.ranks import choose_device, join_ranks, my_rank, native_bf16, precision
 from lib.run_directory import check_directory, run_directory
 from lib.signals import exit_if_interrupted, signals_caught
-from model import ALIASES, NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
+from model import ALIASES, NANO_SIZES, SIZES, Llama, LlamaConfig
 from spectron import Spectron
 from tools import machine, plan, prepare, report
 

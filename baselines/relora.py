@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import methods
 from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
-from model import FactorizedLinear, Llama
+from model import FactorizedLinear
 from train import WARMUP, schedule
 
 
@@ -38,14 +39,14 @@ class ReLoRALinear(FactorizedLinear):
         self.B.copy_((2 * draw - 1) * self.in_features**-0.5)
         self.A.zero_()
 
-    def weight(self) -> Tensor:
+    def dense(self) -> Tensor:
         return self.W + self.scale * self.A @ self.B.T
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.W) + self.scale * F.linear(F.linear(x, self.B.T), self.A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.weight(), torch.eye(self.in_features).to(self.A)
+        return self.dense(), torch.eye(self.in_features).to(self.A)
 
 
 def envelope(step: int, steps: int, warmup: int, every: int, rewarm: int, least: float = 0.1) -> float:
@@ -67,7 +68,7 @@ def before_step(model: nn.Module, optimizers: list, c, step: int, every: int | N
     if step >= every and step % every == 1:
         for index, layer in enumerate(x for x in model.modules() if isinstance(x, ReLoRALinear)):
             with torch.no_grad():
-                layer.W.copy_(layer.weight())
+                layer.W.copy_(layer.dense())
             # The same draw on every rank, and after a resume.
             layer.restart(torch.Generator().manual_seed(c.seed + 1_000_003 * step + index))
             for p in layer.A, layer.B:
@@ -83,7 +84,7 @@ def flops_per_token(model: nn.Module) -> float:
     """W has a forward and a backward product, and no gradient of its own."""
     frozen = sum(layer.W.numel() for layer in block_matrices(model).values()
                  if isinstance(layer, ReLoRALinear))
-    return Llama.flops_per_token(model) + 4 * frozen
+    return methods.flops_per_token(model) + 4 * frozen
 
 
 def build_optimizers(model: nn.Module, c) -> list:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import methods
 from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
-from model import FactorizedLinear, Llama
+from model import FactorizedLinear
 
 
 class SelfGuidedLinear(FactorizedLinear):
@@ -94,7 +95,7 @@ def before_step(model: nn.Module, optimizers: list, c, step: int, stochastic: bo
 def flops_per_token(model: nn.Module) -> float:
     """As the model counts them, without the guides that this step leaves out."""
     idle = sum(layer.idle for layer in model.modules() if isinstance(layer, SelfGuidedLinear))
-    return Llama.flops_per_token(model) - 6 * idle
+    return methods.flops_per_token(model) - 6 * idle
 
 
 def build_optimizers(model: nn.Module, c, update) -> list:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import methods
 from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
-from model import FactorizedLinear, Llama
+from model import FactorizedLinear
 
 
 class SLTrainLinear(FactorizedLinear):
@@ -32,22 +33,22 @@ class SLTrainLinear(FactorizedLinear):
                 nn.init.uniform_(p, -in_features**-0.5, in_features**-0.5)
             nn.init.zeros_(self.A)
 
-    def weight(self) -> Tensor:
+    def dense(self) -> Tensor:
         W = self.scale * self.A @ self.B.T
         return W.flatten().index_add(0, self.index, self.values.to(W.dtype)).view_as(W)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+        return F.linear(x, self.dense())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.weight(), torch.eye(self.in_features).to(self.A)
+        return self.dense(), torch.eye(self.in_features).to(self.A)
 
 
 def flops_per_token(model: nn.Module) -> float:
     """Those of the dense W, which is what is multiplied; forming W once a micro-step is left out."""
     own = sum(p.numel() for layer in block_matrices(model).values() for p in layer.parameters())
     dense = sum(layer.in_features * layer.out_features for layer in block_matrices(model).values())
-    return Llama.flops_per_token(model) + 6 * (dense - own)
+    return methods.flops_per_token(model) + 6 * (dense - own)
 
 
 def build_optimizers(model: nn.Module, c) -> list:

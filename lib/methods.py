@@ -8,10 +8,17 @@ import torch
 from torch import nn
 
 from lib.cli import UserError
-from model import FactorizedLinear, Llama
+from model import FactorizedLinear, Llama, LlamaConfig
 from spectron import newton_schulz
 
 LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
+
+
+def flops_per_token(model: Llama) -> int:
+    """Executed matmul FLOPs of one token, forward and backward: 6 for each weight but the embedding's, and
+    causal attention, which is half of the T x T scores: 6 * n_layers * T * D."""
+    weights = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    return 6 * weights + 6 * model.config.n_layers * model.config.seq_len * model.config.dim
 
 
 @dataclass
@@ -25,10 +32,16 @@ class Method:
     dense: bool = False  # nn.Linear in place of `linear`
     linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
     before_step: Callable | None = None  # (model, optimizers, c, step) -> True where parameters have left
-    flops_per_token: Callable = Llama.flops_per_token  # (model) -> FLOPs that this step executes
+    flops_per_token: Callable = flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
     logged: Callable = lambda model: {}  # what else this method has for a record of the log
     nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Parameters of a model, embedding and head included, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
 
 
 def block_matrices(model: Llama) -> dict[str, nn.Module]:

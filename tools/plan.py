@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import data
-from lib.methods import baseline, block_matrices
-from model import FactorizedLinear, Llama, count_parameters
+from lib.methods import baseline, block_matrices, count_parameters
+from model import FactorizedLinear, Llama
 
 STATE = {"spectron": 4, "dense": 4, "adamw": 8, "dense-adamw": 8}  # bytes for each weight of a block's matrix
 
