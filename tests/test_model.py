@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from conftest import ROOT
 from lib.methods import block_matrices, split_parameters
-from model import SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters, factorize_, rank_of, spectral_factors
+from model import (SIZES, FactorizedLinear, Llama, LlamaConfig, count_parameters, factorize_, rank_of,
+                   spectral_factors)
 from spectron import Spectron
 
 # Tables 4 and 5 of the paper, in millions at 32,000 tokens of vocabulary: dense, and at rank ratio 0.25.

@@ -24,7 +24,7 @@ from tools import export, plot, sample
 
 METHODS = {"cola": [], "cola-spectron": ["optimizer=spectron", "init=spectral"], "galore": ["gap=2"],
            "fira": ["gap=2"], "sct": [], "sltrain": [], "relora": ["every=2"],
-           "tsvd": ["energy=0.9", "every=2"]}
+           "tsvd": ["energy=0.9", "every=2"], "equilibrated": ["times=2"]}
 
 
 def flags(name):
@@ -85,6 +85,8 @@ end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     (["--method", "tsvd", "--method_args", "energy=1.1"], ["energy=1.1", "(0, 1]"]),
     (["--method", "relora", "--method_args", "every=0"], ["every=0", "at least 2"]),
     (["--method", "sltrain", "--method_args", "delta=2"], ["delta=2", "(0, 1]"]),
+    (["--method", "equilibrated", "--method_args", "times=3"], ["times=3", "times=1 or times=2"]),
+    (["--method", "equilibrated", "--no-orthogonalize"], ["--no-orthogonalize does not apply"]),
     (["--method", "galore", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method galore"]),
     (["--method", "cola", "--method_args", "activation=relu"], ["activation=silu or activation=identity"]),
     (["--method", "cola", "--no-renormalize"], ["--no-renormalize does not apply"])])
