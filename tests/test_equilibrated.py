@@ -1,5 +1,5 @@
-"""baselines/equilibrated.py: rows of one length, the bound that stays, and checkpoints of the version in which
-it was a flag of the method spectron."""
+"""baselines/equilibrated.py: rows of one length, the bound that stays, and checkpoints of the version in
+which it was a flag of the method spectron."""
 
 from functools import partial
 

@@ -234,7 +234,8 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
 @pytest.mark.parametrize("flags, fragments", [
     (["--rank_rato", "0.5"], ["--rank_rato", "--rank_ratio"]), (["--step", "3"], ["--step", "--steps"]),
     (["--no-renorm"], ["--no-renorm", "--no-renormalize"]), (["extra"], ["extra"]),
-    (["--rank_ratio", "0"], ["--rank_ratio: '0'", "(0, 1]"]), (["--rank_ratio", "1.5"], ["--rank_ratio", "1.5"]),
+    (["--rank_ratio", "0"], ["--rank_ratio: '0'", "(0, 1]"]),
+    (["--rank_ratio", "1.5"], ["--rank_ratio", "1.5"]),
     (["--tokens_per_step", "1000"], ["--tokens_per_step 1000", "--tokens_per_step 1024"]),
     (["--batch_size", "3"], ["--batch_size 3", "16 sequences", "--batch_size 2"]),
     (["--method", "adamw", "--no-orthogonalize"],
