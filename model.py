@@ -69,8 +69,7 @@ def spectral_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class FactorizedLinear(nn.Module):
-    """y = x @ (A @ B.T).T + bias, computed as (x @ B) @ A.T. A (m, r), B (n, r); no m x n tensor is formed,
-    forward or backward."""
+    """y = W x + bias for W = A @ B.T, A (m, r), B (n, r). No m x n tensor is formed, forward or backward."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
         super().__init__()
@@ -120,17 +119,18 @@ def factorize_(module: nn.Module, rank_ratio: float, skip=()) -> list[tuple[nn.P
     replaced, where a layer cannot be; a warning for other kinds of linear layers, which stay dense."""
     layers = {name: layer for name, layer in module.named_modules(remove_duplicate=False)
               if type(layer) is nn.Linear and name not in skip}
-    kinds = {type(layer).__name__ for layer in module.modules() if type(layer) is not nn.Linear
-             and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")}
+    kinds = sorted({type(layer).__name__ for layer in module.modules() if type(layer) is not nn.Linear
+                    and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")})
     if not layers or "" in layers:
-        raise ValueError(f"no nn.Linear inside this {type(module).__name__}; other kinds: {kinds or 'none'}")
+        raise ValueError(f"no nn.Linear inside {type(module).__name__} (to replace one alone, wrap it in "
+                         f"nn.Sequential); other kinds: {', '.join(kinds) or 'none'}")
     users = [id(p) for child in module.modules() for p in child.parameters(recurse=False)]
     bad = [name for name, layer in layers.items() if users.count(id(layer.weight)) > 1
            or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks]
     if bad:
         raise ValueError(f"a tied weight, or a hook, would be lost. Leave those layers dense: skip={bad}")
     if kinds:
-        warnings.warn(f"factorize_ replaces nn.Linear alone; dense stay {', '.join(sorted(kinds))}")
+        warnings.warn(f"factorize_ replaces nn.Linear alone; dense stay {', '.join(kinds)}")
     made = {layer: low_rank(layer, rank_ratio) for layer in layers.values()}  # one for a layer used twice
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")

@@ -60,9 +60,9 @@ class Spectron(torch.optim.Optimizer):
     def add_param_group(self, group):
         new, factors = {**self.defaults, **group, "params": "..."}, []
         if not (new["lr"] >= 0 and new["weight_decay"] >= 0 and 0 <= new["momentum"] < 1):
-            raise ValueError(f"expected lr, weight_decay of at least 0 and momentum in [0, 1): {new}")
+            raise ValueError(f"out of range: lr, weight_decay or momentum of {new}")
         if new["ns_steps"] < 1 or new["power_steps"] < 1:
-            raise ValueError(f"expected ns_steps, power_steps of at least 1: {new}")
+            raise ValueError(f"out of range: ns_steps or power_steps of {new}")
         for A, B in group["params"]:
             if hasattr(A, "full_tensor") or not (A.ndim == B.ndim == 2 and A.size(1) == B.size(1)
                                                  and A.requires_grad == B.requires_grad):

@@ -28,8 +28,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 import eval as evaluation
-from data import Parser, command, positive
 from eval import load_run, task_names
+from lib.cli import Parser, command, positive
+from lib.tasks import PIQA_LABELS, find_file, read_task
 
 TOLERANCE, SPEED_ITEMS = 1e-3, 512
 
@@ -72,8 +73,8 @@ def converted(task: str, directory: Path, out: Path, kept: list[int]) -> str:
     if task == "hellaswag":
         rows = [json.loads(line) for line in (directory / "hellaswag_val.jsonl").open()]
     elif task == "piqa":
-        labels = evaluation.find_file(task, directory, "valid-labels.lst").read_text().split()
-        path = evaluation.find_file(task, directory, "valid.jsonl")
+        labels = find_file(task, directory, PIQA_LABELS).read_text().split()
+        path = find_file(task, directory, "valid.jsonl")
         rows = [json.loads(line) | {"label": int(label)}
                 for line, label in zip(path.open(), labels, strict=True)]
     else:
@@ -133,7 +134,7 @@ def speeds(model, tokenizer, task: str, config: str, items, batch_sizes, rounds:
 
 
 def compare(model, tokenizer, task: str, args, out: Path) -> bool:
-    items = evaluation.read_task(task, args.eval_dir)[:args.limit]
+    items = read_task(task, *evaluation.TASKS[task], args.eval_dir)[:args.limit]
     kept = readable(items, tokenizer, model.config.seq_len)
     config, left_out = converted(task, args.eval_dir, out, kept), len(items) - len(kept)
     items = [items[i] for i in kept]

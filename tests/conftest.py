@@ -11,16 +11,7 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
 import train
-from lib import checkpoints, cli, flags, methods, norms, ranks, safety
-for module, sources in ((data, (cli, safety)), (evaluation, (ranks, checkpoints, methods)), (train, (flags, norms, methods))):
-    for source in sources:
-        for name in dir(source):
-            if not name.startswith("_") and not hasattr(module, name):
-                setattr(module, name, getattr(source, name))
-import sys, tools
-sys.modules["tools.safety"] = tools.safety = safety
 from tools import prepare, report
 
 ROOT = Path(__file__).parent.parent

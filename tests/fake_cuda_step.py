@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from lib.norms import Spectra
 from model import Llama, LlamaConfig
 
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off without a GPU
@@ -48,11 +49,6 @@ def tolist(x):
     return [0.5] * x.numel()
 
 
-class Tokens:
-    def batch(self, step, windows, seed, rank, ranks):
-        return torch.zeros(windows, 256, dtype=torch.int64), torch.zeros(windows, 256, dtype=torch.int64)
-
-
 FakeTensor.tolist, FakeTensor.pin_memory = tolist, lambda x: x.clone()
 c = train.resolve(train.parse("--size nano-0.6M --device cuda --dry_run --dtype bfloat16 "
                               "--tokens_per_step 8192 --batch_size 16".split()))
@@ -64,12 +60,13 @@ with FakeTensorMode(), Watch():
     assert all(x.device == device for x in [*model.parameters(), *model.buffers()])
     optimizers = train.METHODS["spectron"].optimizers(model, c)
     probe = torch.zeros(1, 64, dtype=torch.int64, device=device)
-    spectra = train.Spectra(model, c.spectra_of, optimizers, probe)
-    for step in 0, 1:  # the first one makes the optimizers' state
+    spectra = Spectra(model, c.spectra_of, optimizers, probe)
+    x, y = (torch.zeros(32, 256, dtype=torch.int64) for _ in range(2))
+    for _ in range(2):  # the first step makes the optimizers' state
         waits.clear(), blocking.clear()
-        loss = train.backward(model, Tokens(), c, step, device, 0, 1)
-        norm, loss, stops = train.read_back(model, loss, False, 1)
-        train.clip_gradients(model, 2.0, step, 0.05)
+        loss = train.backward(model, x, y, c)
+        norm, loss, stops = train.read_back(model, loss, False)
+        train.clip_gradients(model, 2.0)
         train.update(optimizers, 0.5)
     print(f"waits: {waits}; blocking copies: {blocking}")
     spectra.before()

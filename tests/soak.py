@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import data
-from data import Parser, command, number, positive
+from lib.cli import Parser, command, number, positive
 from tools import plot, prepare
 
 SIZE = ["--size", "nano-0.6M", "--seq_len", "64", "--tokens_per_step", "512", "--device", "cpu", "--dtype",

@@ -1,5 +1,6 @@
 """data.py: the shard format, what is refused, which tokens a step sees, and what all commands share."""
 
+import argparse
 import json
 import os
 import shlex
@@ -12,7 +13,8 @@ import pytest
 
 import data
 from conftest import ROOT
-from data import UserError
+from lib.cli import Parser, Progress, UserError, command, number, positive, rank_and_ranks
+from lib.files import replacing
 
 
 def open_data(directory, seq_len, tokenizer="bytes"):
@@ -88,15 +90,15 @@ def test_a_file_is_replaced_when_it_is_whole_also_behind_a_link_and_a_device_is_
     path, link = tmp_path / "a", tmp_path / "link"
     path.write_text("before")
     link.symlink_to(path)
-    with pytest.raises(ZeroDivisionError), data.replacing(link, "w") as file:
+    with pytest.raises(ZeroDivisionError), replacing(link, "w") as file:
         file.write("half")
         1 / 0
     assert path.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["a", "link"]
-    with data.replacing(link, "w") as file:
+    with replacing(link, "w") as file:
         file.write("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after" and link.is_symlink() and sorted(os.listdir(tmp_path)) == ["a", "link"]
-    with data.replacing("/dev/stdout", "w") as file:
+    with replacing("/dev/stdout", "w") as file:
         file.write("said")
     assert capfd.readouterr().out == "said"
 
@@ -222,14 +224,14 @@ def test_ranks_are_those_of_torchrun_alone(monkeypatch):
     for missing in [None, *torchrun]:
         for name, value in torchrun.items():
             monkeypatch.setenv(name, "" if name == missing else value)
-        assert data.rank_and_ranks() == ((0, 1) if missing else (1, 2))
+        assert rank_and_ranks() == ((0, 1) if missing else (1, 2))
     monkeypatch.setenv("WORLD_SIZE", "two")
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert data.rank_and_ranks() == (0, 1)
+    assert rank_and_ranks() == (0, 1)
 
 
 def test_a_misspelt_flag_names_its_neighbour():
-    parser = data.Parser()
+    parser = Parser()
     parser.add_argument("--tokenizer")
     for argv, said in (["--tokeniser", "x"], "did you mean --tokenizer"), (["--tok", "x"], "--tok"):
         with pytest.raises(UserError, match=said):
@@ -239,11 +241,11 @@ def test_a_misspelt_flag_names_its_neighbour():
 @pytest.mark.parametrize("text, good", [("1", True), ("0", False), ("-1", False), ("1.5", False),
                                         ("x", False)])
 def test_positive_and_number_read_what_they_say(text, good):
-    for read, value in (data.positive, 1), (data.number(int, 0, 2), 1), (data.number(below=1.2), 1.0):
+    for read, value in (positive, 1), (number(int, 0, 2), 1), (number(below=1.2), 1.0):
         if good:
             assert read(text) == value
-        elif read is data.positive or text in ("-1", "1.5", "x"):
-            with pytest.raises(data.argparse.ArgumentTypeError, match=repr(text)):
+        elif read is positive or text in ("-1", "1.5", "x"):
+            with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
                 read(text)
 
 
@@ -251,7 +253,7 @@ def test_positive_and_number_read_what_they_say(text, good):
     (UserError("mistake"), 2, "error: mistake"), (OSError(28, "No space left", "/x/y"), 2, "/x/y"),
     (KeyboardInterrupt(), 130, "")])
 def test_a_command_ends_a_users_mistake_in_one_message(capsys, error, code, said):
-    @data.command
+    @command
     def main(argv):
         raise error
     with pytest.raises(SystemExit) as caught:
@@ -263,7 +265,7 @@ def test_a_command_ends_a_users_mistake_in_one_message(capsys, error, code, said
 def test_progress_is_a_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
     for terminal in True, False:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        progress = data.Progress("hellaswag, items")
+        progress = Progress("hellaswag, items")
         progress.started -= 10
         for done in 0, 5, 20:
             progress(done, 20)

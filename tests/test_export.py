@@ -16,6 +16,7 @@ import torch
 import data
 import eval as evaluation
 from conftest import ROOT
+from lib.cli import UserError
 from tools import export, sample
 
 TEXTS = ["def f(x):\n    return x + 1\n",
@@ -84,7 +85,7 @@ def test_every_tokenizer_that_is_written_reads_as_it_did(name):
     tokenizers = pytest.importorskip("tokenizers")
     try:
         ours = data.get_tokenizer(name)
-    except data.UserError:
+    except UserError:
         pytest.skip(f"{name}'s files are not here: set TIKTOKEN_CACHE_DIR")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(export.tokenizer_files(ours)["tokenizer.json"]))
     assert theirs.token_to_id(data.END_OF_TEXT) == ours.eot_token and theirs.get_vocab_size() == ours.n_vocab

@@ -21,7 +21,9 @@ import eval as evaluation
 import train
 from conftest import ROOT, TINY
 from launch import FLOAT64, torchrun
-from lib import safety
+from lib.checkpoints import load_checkpoint, read_checkpoint
+from lib.cli import UserError
+from lib.files import lock
 from tools import export, plot, prepare
 
 FLAGS = ["--steps", "12", "--save_every", "4", "--eval_every", "6"]
@@ -42,7 +44,8 @@ def assert_same(one, two):
 def child(script: str, argv, **more) -> subprocess.Popen:
     """train.main(argv) in a process of its own, after `script`."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time\nimport torch\n"
-            f"import data, train\nfrom lib import safety\nfrom tools import prepare\n{script}\ntrain.main(sys.argv[1:])")
+            f"import data, train\nfrom lib import run_directory\n"
+            f"from tools import prepare\n{script}\ntrain.main(sys.argv[1:])")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **more)
 
@@ -73,13 +76,13 @@ def dying(part, path):
     replace(part, path)
 os.replace = dying""",
     "during a validation": f"train.validate = lambda *args: {DIE}",
-    "in the middle of a line of the log": f"""append = safety.append
+    "in the middle of a line of the log": f"""append = run_directory.append
 def dying(log, record):
     if record.get("step") == 7:
         log.write(b'{{"step": 7, "lo')
         {DIE}
     append(log, record)
-safety.append = dying"""}
+run_directory.append = dying"""}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_a_signal_saves_after_its_step_and_a_second_one_leaves_at_once(run, corp
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and f"Go on: python train.py --resume --out {out}" in said
-    step = evaluation.load_checkpoint(out)["step"]
+    step = load_checkpoint(out)["step"]
     slow = """backward, calls = train.backward, []
 def waiting(*args):
     calls.append(print("here", flush=True))
@@ -160,7 +163,7 @@ train.backward = waiting"""
         said, error = process.communicate(timeout=seconds)
         assert process.returncode == 130 and "Traceback" not in error
         step += more
-        assert evaluation.load_checkpoint(out)["step"] == step
+        assert load_checkpoint(out)["step"] == step
     train.main(["--resume", "--out", str(out)])
     whole = run(*flags, out="whole")
     assert all(torch.equal(w, weights(out)[name]) for name, w in weights(whole).items())
@@ -179,7 +182,7 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(run, corp
     process.kill()
     process.communicate()
     train.main(["--resume", "--out", str(out)])
-    assert evaluation.load_checkpoint(out)["step"] == 8
+    assert load_checkpoint(out)["step"] == 8
 
 
 # -------------------------------------------------- Ranks ---------------------------------------------------
@@ -224,7 +227,7 @@ train.main(sys.argv[1:])""")
     ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     subprocess.run([*ranked, *TINY, "--data", corpus, *FLAGS, "--out", tmp_path / "run"], check=True,
                    capture_output=True, timeout=240)
-    assert evaluation.load_checkpoint(tmp_path / "run")["step"] == 6
+    assert load_checkpoint(tmp_path / "run")["step"] == 6
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_batch_size(run, float64, tmp_path):
@@ -263,7 +266,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found_and_the_older_one_named(run, f
     for bit in bits + ends:
         path.write_bytes(flipped(raw, bit))
         with pytest.raises(Exception):
-            evaluation.read_checkpoint(path)
+            read_checkpoint(path)
     for damaged in flipped(raw, bits[0]), raw[:-1], raw[:-12], raw[:1000], b"", raw + b"x":
         path.write_bytes(damaged)
         old = out / "ckpt.old.pt"
@@ -281,11 +284,11 @@ def test_a_checkpoint_without_a_seal_is_read_and_checked_by_the_crc_of_its_zip(r
     """As versions before this one wrote them, or somebody who has changed one by hand."""
     out = run("--steps", 1)
     torch.save(torch.load(out / "ckpt.pt", weights_only=True), tmp_path / "old.pt")
-    assert evaluation.load_checkpoint(tmp_path / "old.pt")["step"] == 1
+    assert load_checkpoint(tmp_path / "old.pt")["step"] == 1
     raw = (tmp_path / "old.pt").read_bytes()
     (tmp_path / "old.pt").write_bytes(flipped(raw, 4 * len(raw)))
-    with pytest.raises(data.UserError, match="damaged"):
-        evaluation.load_checkpoint(tmp_path / "old.pt")
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(tmp_path / "old.pt")
 
 
 class Code:
@@ -313,7 +316,7 @@ def test_any_flipped_bit_of_a_shard_is_found(tmp_path):
     raw = path.read_bytes()
     for seed in range(300):
         path.write_bytes(flipped(raw, random.Random(seed).randrange(8 * len(raw))))
-        with pytest.raises(data.UserError, match=str(path)):
+        with pytest.raises(UserError, match=str(path)):
             data.open_shard(path)
     path.write_bytes(raw)
     assert len(data.open_shard(path)) == 3000
@@ -326,11 +329,11 @@ def test_any_flipped_bit_of_meta_json_is_refused_or_leaves_the_tokenizer(tmp_pat
         path.write_bytes(flipped(raw, bit))
         try:
             assert data.read_meta(tmp_path)["tokenizer"] == "bytes"
-        except data.UserError as error:
+        except UserError as error:
             assert str(path) in str(error)
     for content in b"", raw[:9], b"[]", b"{}", b'{"tokenizer": 3}', b"[" * 10000:
         path.write_bytes(content)
-        with pytest.raises(data.UserError, match=str(path)):
+        with pytest.raises(UserError, match=str(path)):
             data.read_meta(tmp_path)
 
 
@@ -362,7 +365,7 @@ def test_a_disk_that_is_full_while_saving_keeps_the_checkpoint_before(run, fails
     for limit in size - 5, size // 2, 50_000:
         at_most(limit)
         fails(train.main, ["--resume", "--out", out], out / "ckpt.pt", "File too large")
-        assert evaluation.load_checkpoint(out)["step"] == 4 and not list(out.glob("*.part"))
+        assert load_checkpoint(out)["step"] == 4 and not list(out.glob("*.part"))
 
 
 def test_a_disk_that_is_full_while_logging_is_said_and_the_log_goes_on_later(run, fails, at_most):
@@ -414,7 +417,7 @@ def test_open_files_do_not_grow(run):
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
-    with safety.lock(tmp_path / "lock"):
+    with lock(tmp_path / "lock"):
         with pytest.raises(BlockingIOError):
-            safety.lock(tmp_path / "lock")
-    safety.lock(tmp_path / "lock").close()
+            lock(tmp_path / "lock")
+    lock(tmp_path / "lock").close()

@@ -18,7 +18,8 @@ import torch
 import data
 import eval as evaluation
 import train
-from data import UserError
+from lib import checkpoints
+from lib.cli import UserError
 from model import Llama, LlamaConfig
 from tools import export, plot, prepare, sample
 
@@ -101,7 +102,8 @@ def checkpoint(tmp_path_factory):
     c = train.resolve(train.parse(["--size", "nano-0.6M", "--device", "cpu", "--dtype", "float32"]))
     c.model |= dict(dim=16, n_layers=1, n_heads=2, vocab_size=320, seq_len=8)
     model = Llama(LlamaConfig(**c.model))
-    train.save(path, model, train.find_method("adamw", {}).optimizers(model, c), c, 3, 1.0, 10)
+    c.out = str(path.parent)
+    checkpoints.save(c, model, train.find_method("adamw", {}).optimizers(model, c), 3, 1.0, 10)
     return path
 
 

@@ -15,7 +15,10 @@ import eval as evaluation
 import train
 from baselines.self_guided import SelfGuidedLinear, alpha_at, skipped
 from conftest import ROOT, TINY
-from lib.methods import block_matrices
+from lib import checkpoints
+from lib.flags import key_and_value
+from lib.methods import block_matrices, flops_per_token
+from lib.norms import Spectra
 from model import FactorizedLinear, Llama, LlamaConfig
 from tools import export, plot
 
@@ -100,7 +103,7 @@ def test_every_variant_trains_and_ends_as_a_plain_low_rank_model(run, args):
     end = saved(out)
     plain = Llama(LlamaConfig(**end["config"]["model"])).state_dict()
     assert len(end["optimizers"]) == 2 and end["model"].keys() == plain.keys()
-    assert end["config"]["method_args"] == dict(map(train.key_and_value, args))
+    assert end["config"]["method_args"] == dict(map(key_and_value, args))
     assert all(row["loss"] < 6 and row["dW"] is not None for row in plot.read_log(out)[1])
 
 
@@ -128,7 +131,7 @@ def test_stop_and_resume_is_the_run_that_was_not_stopped(run, args):
 def test_flops_are_those_that_are_executed(run):
     """The dense products in the first half, all of them or those that were drawn, and none after it."""
     plain = Llama(LlamaConfig(**saved(run("--steps", 1))["config"]["model"]))
-    low, tokens = plain.flops_per_token(), 8 * 256
+    low, tokens = flops_per_token(plain), 8 * 256
     W = sum(layer.in_features * layer.out_features for layer in block_matrices(plain).values())
     for args in [], ["--method_args", "stochastic=true"]:
         out = run(*GUIDED, *args, "--steps", 8, out=f"run{len(args)}")
@@ -178,7 +181,8 @@ def test_a_baseline_that_cannot_be_used_is_one_message(tmp_path, name, code):
     (tmp_path / "baselines" / f"{name}.py").write_text(code + "\n")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for room in "lib", "tools":
+        (tmp_path / room).symlink_to(ROOT / room)
     done = subprocess.run([sys.executable, "train.py", "--method", name, "--dry_run"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
@@ -213,7 +217,7 @@ def test_a_finished_guided_run_needs_no_baselines(run, monkeypatch):
 
     def gone(*args):
         raise AssertionError("asked for a baseline")
-    monkeypatch.setattr(evaluation, "baseline", gone)
+    monkeypatch.setattr(checkpoints, "baseline", gone)
     assert type(evaluation.load_run(out)[0].blocks[0].ffn.up_proj) is FactorizedLinear
 
 
@@ -235,7 +239,7 @@ def test_dy_is_the_rms_of_what_the_step_does_to_the_layers_output(flags):
     method = train.find_method(c.method, c.method_args)
     model = Llama(LlamaConfig(**c.model), method.linear)
     optimizers, probe = method.optimizers(model, c), torch.randint(0, 257, (1, 32))
-    spectra = train.Spectra(model, "blocks.1.attention.o_proj", optimizers, probe)
+    spectra = Spectra(model, "blocks.1.attention.o_proj", optimizers, probe)
     layer, x = model.blocks[1].attention.o_proj, []
     if method.before_step:
         method.before_step(model, optimizers, SimpleNamespace(steps=9, seed=0, micro_steps=1), 1)

@@ -12,7 +12,7 @@ import pytest
 
 import data
 from conftest import ROOT, SHARED
-from data import UserError
+from lib.cli import UserError
 from tools import prepare
 
 GPT2_CACHE = SHARED / "data" / "tiktoken_cache"

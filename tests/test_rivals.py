@@ -24,7 +24,7 @@ from tools import export, plot, sample
 
 METHODS = {"cola": [], "cola-spectron": ["optimizer=spectron", "init=spectral"], "galore": ["gap=2"],
            "fira": ["gap=2"], "sct": [], "sltrain": [], "relora": ["every=2"],
-           "tsvd": ["energy=0.9", "every=2"]}
+           "tsvd": ["energy=0.9", "every=2"], "equilibrated": ["times=2"]}
 
 
 def flags(name):
@@ -85,6 +85,8 @@ end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     (["--method", "tsvd", "--method_args", "energy=1.1"], ["energy=1.1", "(0, 1]"]),
     (["--method", "relora", "--method_args", "every=0"], ["every=0", "at least 2"]),
     (["--method", "sltrain", "--method_args", "delta=2"], ["delta=2", "(0, 1]"]),
+    (["--method", "equilibrated", "--method_args", "times=3"], ["times=3", "times=1 or times=2"]),
+    (["--method", "equilibrated", "--no-orthogonalize"], ["--no-orthogonalize does not apply"]),
     (["--method", "galore", "--rank_ratio", "0.5"], ["--rank_ratio does not apply to --method galore"]),
     (["--method", "cola", "--method_args", "activation=relu"], ["activation=silu or activation=identity"]),
     (["--method", "cola", "--no-renormalize"], ["--no-renormalize does not apply"])])
@@ -192,9 +194,9 @@ def test_sltrain_starts_as_its_sparse_part_and_its_gradient_is_the_dense_one_the
     assert len(index) == int(0.03 * 1500) == len(index.unique()) and 0 <= index.min() <= index.max() < 1500
     S = torch.zeros(1500, dtype=torch.float64)
     S[index] = layer.values.detach()
-    assert torch.equal(layer.weight().detach(), S.view(50, 30))
+    assert torch.equal(layer.dense().detach(), S.view(50, 30))
     layer.A.data.normal_()
-    W = layer.weight().detach().requires_grad_()
+    W = layer.dense().detach().requires_grad_()
     x = torch.randn(7, 30, dtype=torch.float64)
     (x @ W.T).square().sum().backward()
     layer(x).square().sum().backward()

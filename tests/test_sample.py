@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 from conftest import ROOT
+from lib.cli import UserError
 from model import FactorizedLinear, Llama, LlamaConfig
 from tools import sample
 
@@ -174,10 +175,10 @@ def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, m
     fails(sample.main, [trained, "--prompt", " " * 1_000_000], "1,000,000 tokens", "room for 31")
     try:
         gpt2 = data.get_tokenizer("gpt2")
-    except data.UserError:
+    except UserError:
         pytest.skip("gpt2's files are not here: set TIKTOKEN_CACHE_DIR")
     for space in " ", "\n", "\t", " \n":
-        with pytest.raises(data.UserError, match="room for 31"):
+        with pytest.raises(UserError, match="room for 31"):
             sample.read_prompt("a" + space * 1_000_000, gpt2, 32)
 
 

@@ -327,7 +327,7 @@ class CountKernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_at_size_S_launches_fewer_than_400_kernels():
+def test_a_step_at_size_S_launches_fewer_than_500_kernels():
     """84 pairs, on the meta device, which runs the same operations without their arithmetic."""
     with torch.device("meta"):
         pairs = Llama(SIZES["S"]).factor_pairs()
@@ -338,59 +338,7 @@ def test_a_step_at_size_S_launches_fewer_than_400_kernels():
             optimizer.state[p].update(momentum_buffer=torch.empty_like(p), u=torch.empty(p.size(0)))
     with CountKernels() as kernels:
         optimizer.step()
-    assert len(pairs) == 84 and 100 < kernels.count < 400, kernels.count
-
-
-# ----------------------------------------------- Equilibrate ------------------------------------------------
-
-def uneven(m=96, r=24):
-    """A momentum whose rows differ in length by factors of e, as real ones do."""
-    return torch.randn(m, r, dtype=torch.float64) * torch.randn(m, 1, dtype=torch.float64).exp()
-
-
-def row_norms(O):
-    return torch.linalg.vector_norm(O, dim=-1) * (O.size(-2) / O.size(-1)) ** 0.5
-
-
-def test_equilibrated_rows_are_even_and_singular_values_stay_near_one():
-    for _ in range(10):
-        M = uneven()
-        spread = [row_norms(newton_schulz(spectron.equilibrate(M, times, 5) if times else M)).std()
-                  for times in (0, 1, 2)]
-        assert spread[0] > 0.25 > 0.1 > spread[1] > 0.04 > spread[2]
-        for times in 1, 2:
-            s = torch.linalg.svdvals(newton_schulz(spectron.equilibrate(M, times, 5)))
-            assert 0.67 < s.min() and s.max() < 1.21
-
-
-def test_equilibrate_commutes_with_a_rotation_of_the_rank():
-    """A Q, B Q is the same W: the r axis must not be normalised."""
-    M, Q = uneven(), torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64))[0]
-    for times in 1, 2:
-        assert torch.allclose(spectron.equilibrate(M @ Q, times, 5), spectron.equilibrate(M, times, 5) @ Q)
-
-
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equilibrate_is_finite_with_rows_of_zeros_and_at_any_scale(times, dtype):
-    M = uneven().to(dtype)
-    M[::3] = 0
-    M[1] *= 1e-30
-    for scale in 0.0, 1e-20, 1.0, 1e15:
-        O = newton_schulz(spectron.equilibrate((scale * M), times, 5))
-        assert O.isfinite().all() and not O[::3].any()
-        assert scale != 1 or O[1].norm() < 1e-3  # and a row of next to nothing does not become a step
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_step_of_an_equilibrated_optimizer(times):
-    A, B = random_pair(40, 30, 4)
-    old, M = [A.detach().clone(), B.detach().clone()], [0.1 * A.grad, 0.1 * B.grad]
-    optimizer = Spectron([(A, B)], lr=0.2, momentum=0.9, nesterov=False, equilibrate=times)
-    optimizer.step()
-    for p, q, m in zip(old, (A, B), M):
-        expected = optimizer.state[A]["rho"] * newton_schulz(spectron.equilibrate(m, times, 5))
-        assert torch.allclose(p - q, expected, atol=1e-12)
+    assert len(pairs) == 84 and 100 < kernels.count < 500, kernels.count
 
 
 # ------------------------------------------------ The bound -------------------------------------------------
@@ -412,9 +360,9 @@ def adversarial_pairs():
     yield low, random_pair(20, 12, 4)[1]
 
 
-def dW_over_eta(pair, eta, steps=3, **options):
+def dW_over_eta(pair, eta, steps=3, kind=Spectron):
     A, B = pair
-    optimizer, worst = Spectron([pair], lr=eta, **options), 0.0
+    optimizer, worst = kind([pair], lr=eta), 0.0
     for _ in range(steps):
         W = (A @ B.T).detach()
         optimizer.step()
@@ -437,7 +385,6 @@ def test_dW_is_within_eta_for_exact_polar_factors_and_exact_norms(eta, exact_sig
     assert max(ratios) > 0.9  # and the bound is nearly met: a looser rho would fail it
 
 
-@pytest.mark.parametrize("times", [0, 1, 2])
 @pytest.mark.parametrize("eta", [0.01, 0.1, 0.5])
-def test_dW_is_within_1_21_eta_for_the_five_step_iteration(eta, times, exact_sigma):
-    assert max(dW_over_eta(pair, eta, equilibrate=times) for pair in adversarial_pairs()) <= 1.21
+def test_dW_is_within_1_21_eta_for_the_five_step_iteration(eta, exact_sigma):
+    assert max(dW_over_eta(pair, eta) for pair in adversarial_pairs()) <= 1.21

@@ -14,12 +14,18 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, SHARED
+from lib.cli import UserError
+from lib.tasks import Item, read_task
 from model import Llama, LlamaConfig
 from tools import sample
 
 MARKED = ROOT / "tests/evals"  # HellaSwag items with every mark, and the harness's prompts for them
 BYTES = data.get_tokenizer("bytes")
 LONG = ["--seq_len", 256, "--tokens_per_step", 256]
+
+
+def read(task, directory):
+    return read_task(task, *evaluation.TASKS[task], directory)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def plain_log_probability(model, tokenizer, context: str, text: str) -> float:
 # ------------------------------------------ Prompts and the scores ------------------------------------------
 
 def test_hellaswags_prompts_are_the_harnesss():
-    items = evaluation.read_task("hellaswag", MARKED)
+    items = read("hellaswag", MARKED)
     theirs = json.loads((MARKED / "harness_prompts.json").read_text("utf-8"))
     ours = [[[item.context, f" {text}"] for text in item.choices] for item in items]
     assert len(ours) >= 20 and ours == theirs
@@ -59,14 +65,14 @@ def test_piqa_and_arc_easy_ask_a_question(tmp_path):
     (tmp_path / "valid.jsonl").write_text(
         '{"goal": "open [title] a  jar", "sol1": "turn ", "sol2": "hit"}\n' * 2)
     (tmp_path / "valid-labels.lst").write_text("1\n0\n")
-    first, second = evaluation.read_task("piqa", tmp_path)
+    first, second = read("piqa", tmp_path)
     assert (first.context, first.choices, first.gold, second.gold) == (
         "Question: open [title] a  jar\nAnswer:", ["turn ", "hit"], 1, 0)
     questions = [{"id": i, "answerKey": key, "question": {"stem": "Why?", "choices": [
         {"text": f"because {label}", "label": label} for label in labels]}}
         for i, (key, labels) in enumerate([("C", "ABCD"), ("2", "1234"), ("A", "ABC"), ("E", "ABCDE")])]
     (tmp_path / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    items = evaluation.read_task("arc_easy", tmp_path)
+    items = read("arc_easy", tmp_path)
     assert [item.gold for item in items] == [2, 1, 0, 4]
     assert [len(item.choices) for item in items] == [4, 4, 3, 5]
     assert items[1].context == "Question: Why?\nAnswer:" and items[1].choices[0] == "because 1"
@@ -76,7 +82,7 @@ def test_the_shared_files_are_read_whole():
     directory = SHARED / "data/evals"
     if not directory.is_dir():
         pytest.skip(f"no {directory}")
-    found = {task: evaluation.read_task(task, directory) for task in evaluation.TASKS}
+    found = {task: read(task, directory) for task in evaluation.TASKS}
     assert {name: len(items) for name, items in found.items()} == {"hellaswag": 4000, "piqa": 1838,
                                                                   "arc_easy": 2376}
     assert {len(item.choices) for item in found["arc_easy"]} == {3, 4, 5}
@@ -97,7 +103,7 @@ def test_tokens_are_cut_where_the_tokens_of_the_context_end():
     many."""
     try:
         gpt2 = data.get_tokenizer("gpt2")
-    except data.UserError:
+    except UserError:
         pytest.skip("gpt2's files are not here: set TIKTOKEN_CACHE_DIR")
     context, ending = evaluation.encode_pair(gpt2, "Answer", "ing it")
     assert [gpt2.decode([t]) for t in context] == ["Answer"]
@@ -108,7 +114,7 @@ def test_tokens_are_cut_where_the_tokens_of_the_context_end():
 def test_log_probabilities_are_those_of_each_choice_alone(model, budget, monkeypatch):
     """Also where the context loses its beginning, and other endings of it do not (seq_len 100)."""
     monkeypatch.setitem(evaluation.BATCH_TOKENS, "cpu", budget)
-    items = evaluation.read_task("hellaswag", MARKED)
+    items = read("hellaswag", MARKED)
     lengths = [[len(tokens) for tokens in evaluation.encode_pair(BYTES, item.context, f" {text}")]
                for item in items for text in item.choices]
     cut = [sum(pair) > 101 for pair in lengths]
@@ -128,13 +134,13 @@ def test_batches_hold_the_longest_rows_first_within_the_budget():
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
-    item = evaluation.Item("", "a context of many bytes that is cut", ["one", "two"], 0)
+    item = Item("", "a context of many bytes that is cut", ["one", "two"], 0)
     (row, ending), _ = evaluation.rows_of([item], BYTES, 20)
     assert len(row) == 21 and BYTES.decode(row).endswith("bytes that is cut one"[-21:]) and ending == 4
 
 
 def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
-    items, val = evaluation.read_task("hellaswag", MARKED)[:4], data.open_split(corpus, "val", 64, "bytes")
+    items, val = read("hellaswag", MARKED)[:4], data.open_split(corpus, "val", 64, "bytes")
 
     def scores():
         return (evaluation.log_probabilities(model, items, BYTES, "float32"),
@@ -146,14 +152,14 @@ def test_the_padding_of_the_vocabulary_never_counts(model, corpus):
 
 
 def test_answers_are_by_sum_and_by_character_the_first_of_equals():
-    item = evaluation.Item("", "", ["ab", "abcd", "", "ééé"], 0)
+    item = Item("", "", ["ab", "abcd", "", "ééé"], 0)
     assert evaluation.answers(item, [-4.0, -6.0, -9.0, -4.2]) == (0, 3)
     assert evaluation.answers(item, [-4.0, -4.0, -9.0, -6.0]) == (0, 1)
     assert evaluation.answers(item, [-2.0, -4.0, -9.0, -3.0]) == (0, 0)
 
 
 def test_accuracies_have_the_harnesss_standard_errors(model):
-    items = evaluation.read_task("hellaswag", MARKED)
+    items = read("hellaswag", MARKED)
     scores, records = evaluation.evaluate(model, "hellaswag", items, BYTES, "float32")
     for name, key in ("acc", "answer"), ("acc_norm", "answer_norm"):
         right = np.array([record[key] == item.gold for record, item in zip(records, items)], dtype=float)
@@ -164,10 +170,10 @@ def test_accuracies_have_the_harnesss_standard_errors(model):
 
 def test_an_ending_that_the_model_can_not_read_names_its_item():
     def rows(*choices):
-        item = evaluation.Item("hellaswag_val.jsonl, line 7", "c", list(choices), 0)
+        item = Item("hellaswag_val.jsonl, line 7", "c", list(choices), 0)
         return evaluation.rows_of([item], BYTES, 100)
     assert max(len(row) for row, _ in rows("x" * 99, "x" * 98)) == 101  # all it reads, and one to predict
-    with pytest.raises(data.UserError, match="line 7.*101 tokens.*100.*--seq_len"):
+    with pytest.raises(UserError, match="line 7.*101 tokens.*100.*--seq_len"):
         rows("fits", "x" * 100)
 
 
@@ -235,7 +241,7 @@ def test_misuse_is_one_message(run, fails, tmp_path):
                            for k, v in checkpoint["model"].items()}
     checkpoint["config"]["model"]["vocab_size"] = 64
     torch.save(checkpoint, out / "ckpt.pt")
-    fails(evaluation.main, [out], "vocabulary of 64", "'bytes' wants 320")
+    fails(evaluation.main, [out], "vocabulary of 64", "'bytes' needs 320")
 
 
 GOOD = json.dumps({"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": 1})
@@ -250,14 +256,14 @@ GOOD = json.dumps({"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings":
                                  GOOD.replace('["d", "e"]', "[1, 2]"), GOOD.replace('"a"', '{"a": 1}')])
 def test_a_bad_line_is_named(tmp_path, bad):
     (tmp_path / "hellaswag_val.jsonl").write_text(f"{GOOD}\n{bad}\n")
-    with pytest.raises(data.UserError, match=r"hellaswag_val.jsonl, line 2.*tools.download evals"):
-        evaluation.read_task("hellaswag", tmp_path)
+    with pytest.raises(UserError, match=r"hellaswag_val.jsonl, line 2.*tools.download evals"):
+        read("hellaswag", tmp_path)
 
 
 def test_files_that_are_missing_half_there_empty_or_do_not_fit(tmp_path):
     def refused(task, *fragments):
-        with pytest.raises(data.UserError) as caught:
-            evaluation.read_task(task, tmp_path)
+        with pytest.raises(UserError) as caught:
+            read(task, tmp_path)
         assert all(fragment in str(caught.value) for fragment in (*fragments, "tools.download evals"))
     refused("hellaswag", "no hellaswag_val.jsonl")
     (tmp_path / "hellaswag_val.jsonl.part").write_text(GOOD)
@@ -280,4 +286,4 @@ def test_files_that_are_missing_half_there_empty_or_do_not_fit(tmp_path):
 
 def test_a_byte_order_mark_before_the_items_is_skipped(tmp_path):
     (tmp_path / "hellaswag_val.jsonl").write_text(GOOD, encoding="utf-8-sig")
-    assert evaluation.read_task("hellaswag", tmp_path)[0].context == "a: b C"
+    assert read("hellaswag", tmp_path)[0].context == "a: b C"
