@@ -342,11 +342,13 @@ def run(c, method, corpus, saved, caught, log) -> None:
             lengths = data.token_bytes(tokenizer) if final and tokenizer else None
             scores = validate(model, val, tokens, c.batch_size, c.dtype, lengths)
         if logged:
-            journal.step(step, fraction, flops, seconds, loss, scores.get("val_loss"), spectra.after())
+            journal.step(step, flops, seconds, loss, scores.get("val_loss"), spectra.after())
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
         kept = c.keep_every and step % c.keep_every == 0
         if rank == 0 and (last or kept or step % c.save_every == 0):
             checkpoints.save(c, model, optimizers, step, seconds, flops)
+        if logged:
+            journal.show()
     if rank == 0:
         journal.end(step, seconds, scores, tokenizer)
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 
 import torch
@@ -69,36 +70,73 @@ def hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def say(text: str, end: str = "\n", to: str = "stdout") -> None:
+    """print, at once, that cannot fail: what a closed pipe, a lost terminal or a full disk does not take is
+    lost, as is all that follows. For a run, whose steps are worth more than its words."""
+    stream = getattr(sys, to)
+    try:
+        if stream is not None:
+            print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        silence(stream)
+
+
+def silence(stream) -> None:
+    """Sends what a stream still holds, and all that follows, nowhere: it would fail once more at the exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def any_letter():
+    """Meanwhile a Latin-1 terminal shows ? for what it does not have."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before):
+            with suppress(OSError, ValueError):  # it may be gone
+                stream.reconfigure(errors=errors)
+
+
 def command(main):
     """Wraps main(argv): a UserError or OSError is one message on stderr and exit code 2, not a traceback."""
     @wraps(main)
     def run(argv=None):
-        for stream in sys.stdout, sys.stderr:
-            if hasattr(stream, "reconfigure"):  # a Latin-1 terminal shows ? for what it does not have
-                stream.reconfigure(errors="replace")
-        try:
-            result = main(argv)
-            sys.stdout.flush()
-            return result
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except (UserError, OSError) as error:
-            # Before the ranks of torchrun have joined, all of them find the same mistake: rank 0 tells it.
-            if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
-                print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except RuntimeError as error:
-            if not (torch.distributed.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error))):
-                raise
-            print(f"error: another rank has ended or hangs, so that rank {rank_and_ranks()[0]} ends too "
-                  f"({str(error).splitlines()[0][:150]}). torchrun's report names the first that failed. A "
-                  "checkpoint that was saved is whole: type the same command with --resume auto",
-                  file=sys.stderr)
-            raise SystemExit(1) from None
+        with any_letter():
+            try:
+                result = main(argv)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return result
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+                silence(sys.stdout)
+                raise SystemExit(141) from None
+            except (UserError, OSError) as error:
+                # Before the ranks of torchrun have joined, all find the same mistake: rank 0 tells it.
+                if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
+                    say(f"error: {error}", to="stderr")
+                raise SystemExit(2) from None
+            except RuntimeError as error:
+                if not is_lost_rank(error):
+                    raise
+                say(f"error: another rank has ended or hangs, so that rank {rank_and_ranks()[0]} ends too "
+                    f"({str(error).splitlines()[0][:150]}). torchrun's report names the first that failed. A "
+                    "checkpoint that was saved is whole: type the same command with --resume auto",
+                    to="stderr")
+                raise SystemExit(1) from None
     return run
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    return torch.distributed.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)) is not None
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -120,7 +158,7 @@ class Progress:
         self.what, self.started = what, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty() and rank_and_ranks()[0] == 0:
+        if sys.stderr and sys.stderr.isatty() and rank_and_ranks()[0] == 0:
             left = (time.monotonic() - self.started) / max(1, done) * (total - done)
             line = f"{self.what}: {done:,}/{total:,}, {hours(left)} left"
-            print(f"\r\033[K{line if done < total else ''}", end="", file=sys.stderr, flush=True)
+            say(f"\r\033[K{line if done < total else ''}", end="", to="stderr")

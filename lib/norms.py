@@ -60,8 +60,8 @@ class Spectra:
         self.x = inputs[0].to(self.old[0].device).double()
 
     def after(self) -> dict:
-        """dW and W; dy, the RMS of dW x (Eq. 9); gauge, dW over the lr of that step. sigma and rho are those
-        that the optimizer used; where it has none, the exact sigma of before, and no rho."""
+        """lr, that of the matrix; dW and W; dy, the RMS of dW x (Eq. 9); gauge, dW over lr. sigma and rho are
+        those that the optimizer used; where it has none, the exact sigma of before, and no rho."""
         (A0, B0), (A, B) = self.old, self.factors()
         dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
         dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
@@ -73,8 +73,8 @@ class Spectra:
             sigma_A, sigma_B = (state[p]["sigma"] if "sigma" in state[p] else spectral_norm(old)
                                 for p, old in zip(weights, self.old))
             rho = state[weights[0]].get("rho")
-        norms = {"dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(), "sigma_A": sigma_A,
-                 "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
+        norms = {"lr": lr, "dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(),
+                 "sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
         return {key: finite(value) for key, value in norms.items()}
 
     def owner(self, weight) -> tuple[dict, float]:

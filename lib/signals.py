@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that a run can save before it ends."""
+"""Signals that end a run, so that it can save first: Ctrl-C, a lost terminal, a scheduler, a closed pipe."""
 
 import os
 import signal
@@ -6,20 +6,29 @@ import threading
 import time
 from contextlib import contextmanager
 
+ASKED = {signal.SIGINT, signal.SIGTERM}  # by a person or a program, who may insist
+OTHERS = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPIPE")
+          if hasattr(signal, name)}  # Windows has none of them
+
 
 @contextmanager
 def signals_caught():
-    """What a first SIGINT or SIGTERM fills, so that the run can save and end after its step. A second
-    one interrupts; under torchrun, which passes on the Ctrl-C that the terminal has sent already, only when
-    it comes a second later."""
-    caught, main_thread = {}, threading.current_thread() is threading.main_thread()
-    grace = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    """Yields a dict that a signal fills, so that the run can end after its step and save. A second SIGINT or
+    SIGTERM interrupts at once; under torchrun, which passes on the Ctrl-C that the terminal has sent already,
+    only when it comes a second later. What `nohup` ignores stays ignored."""
+    caught, grace = {}, 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def handle(number, frame):
-        if caught and time.monotonic() - min(caught.values()) > grace:
+        asked = [when for other, when in caught.items() if other in ASKED]
+        if number in ASKED and asked and time.monotonic() - min(asked) > grace:
             raise KeyboardInterrupt
         caught.setdefault(number, time.monotonic())
-    old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
+
+    def is_ours(number):  # Python itself ignores SIGPIPE, which tells that the reader of our output has gone
+        return number in ASKED or number == signal.SIGPIPE or signal.getsignal(number) is signal.SIG_DFL
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, handle) for number in ASKED | OTHERS if is_ours(number)}
     try:
         yield caught
     finally:
@@ -28,5 +37,8 @@ def signals_caught():
 
 
 def exit_if_interrupted(caught: dict) -> None:
+    """SystemExit with a shell's code for Ctrl-C or for a closed pipe. Ended by a scheduler, a run did well."""
     if signal.SIGINT in caught:
         raise SystemExit(130)
+    if getattr(signal, "SIGPIPE", None) in caught:
+        raise SystemExit(141)

@@ -25,7 +25,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data import SHARD_TOKENS, encode, get_tokenizer, open_split, write_shard
-from lib.cli import Parser, UserError, command, rank_and_ranks
+from lib.cli import Parser, UserError, command, rank_and_ranks, say
 from lib.files import new_directory, replacing
 
 WINDOW = 257  # tokens that a split has at least: one window of nano
@@ -202,7 +202,7 @@ def open_corpus(c, offline: str):
     """(train, validation, tokenizer or None). It builds the offline corpus where that is what is missing."""
     rank = rank_and_ranks()[0]
     if c.data == offline and not Path(c.data).is_dir() and rank == 0:
-        print(f"building the offline corpus in {c.data}", flush=True)
+        say(f"building the offline corpus in {c.data}")
         try:
             build_stdlib(c.data)
         except (UserError, OSError):
@@ -219,7 +219,7 @@ def open_corpus(c, offline: str):
         return train, val, get_tokenizer(c.tokenizer)
     except UserError as error:  # training needs none, so a machine without a network can go on
         if rank == 0:
-            print(f"there will be no bits per byte and no sample: {error}")
+            say(f"there will be no bits per byte and no sample: {error}")
         return train, val, None
 
 

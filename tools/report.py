@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lib.cli import UserError, hours
+from lib.cli import UserError, hours, say
 from lib.norms import finite
 from lib.ranks import my_rank
 from tools import machine, plan, plot, sample
@@ -22,22 +22,27 @@ class Journal:
         peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
         self.peak = peak and peak * ranks  # FLOPs per second of all GPUs; None where not known
         if rank == 0:
-            print(plan.describe(c, model, method.flops_per_token(model), ranks), flush=True)
+            say(plan.describe(c, model, method.flops_per_token(model), ranks))
 
-    def step(self, step: int, fraction: float, flops: int, seconds: float, loss: float,
-             val_loss: float | None, norms: dict) -> None:
-        """One logged step, at this fraction of the learning rate. The log comes first."""
-        c, done, lr = self.c, step - self.step_before, fraction * self.c.lr
+    def step(self, step: int, flops: int, seconds: float, loss: float, val_loss: float | None,
+             norms: dict) -> None:
+        """Logs a step, and has its line ready for show(). norms are those of lib.norms.Spectra."""
+        c, done = self.c, step - self.step_before
         self.log({"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
-                  "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss, "lr": lr, **norms,
+                  "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss, **norms,
                   **self.method.logged(self.model)})
         speed = done * c.tokens_per_step / (seconds - self.seconds_before)  # tokens per second
         mfu = speed * self.method.flops_per_token(self.model) / self.peak if self.peak else None
         self.step_before, self.seconds_before = step, seconds
-        print(f"step {step:>6}/{c.steps}  loss {column(finite(loss))}  val {column(val_loss)}  lr {lr:.2e}  "
-              f"gauge {column(norms['gauge'])}  {speed:>9,.0f} tok/s  "
-              f"MFU {'n/a' if mfu is None else f'{mfu:.1%}':>5}  "
-              f"{hours((c.steps - step) * c.tokens_per_step / speed)} left", flush=True)
+        self.line = (
+            f"step {step:>6}/{c.steps}  loss {column(finite(loss))}  val {column(val_loss)}  "
+            f"lr {norms['lr']:.2e}  gauge {column(norms['gauge'])}  {speed:>9,.0f} tok/s  "
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}':>5}  "
+            f"{hours((c.steps - step) * c.tokens_per_step / speed)} left")
+
+    def show(self) -> None:
+        """Prints the line of the step. It comes after the log and the checkpoint: a terminal may hang."""
+        say(self.line)
 
     def diverged(self, step: int, fraction: float, loss: float) -> dict:
         """A gradient or a loss was not finite. With --on_nonfinite record this is logged and returned;
@@ -58,20 +63,20 @@ class Journal:
         c, out = self.c, Path(self.c.out)
         if step:
             plot.figure([out], out / "loss.png")
-        print("---")
+        say("---")
         if step < c.steps and "diverged" not in scores:
-            print(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
-                  f"--out {shlex.quote(str(out))}")
+            say(f"stopped after step {step} of {c.steps}. Go on: python train.py --resume "
+                f"--out {shlex.quote(str(out))}")
         elif tokenizer and scores.get("val_loss") is not None:
             steps = sample.generate(self.model, [tokenizer.eot_token], 200, seed=c.seed,
                                     vocab=tokenizer.n_vocab)
             text = "".join(piece for piece, in sample.texts(tokenizer, steps, 1))
-            print(f"sample:\n{text}\n---")
+            say(f"sample:\n{text}\n---")
         results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
         results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
                     if (out / file).exists()}
-        print("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
-                        for key, value in results.items()), flush=True)
+        say("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
+                      for key, value in results.items()))
 
 
 def column(x: float | None) -> str:
