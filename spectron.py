@@ -1,8 +1,9 @@
 """Spectron (Janson, Oyallon, Belilovsky 2026): an optimizer for weights that exist only as W = A @ B.T.
 
 A step of both factors moves W by dW = dA B^T + A dB^T + dA dB^T (Eq. 2). If neither factor moves by more than
-rho <= 1 in spectral norm (all norms here are), then ||dW|| <= rho (||A|| + ||B|| + rho) (Eqs. 13 to 15). With
-rho = eta / (||A|| + ||B|| + 1) that is at most eta (Eq. 16): the learning rate bounds the step of W.
+rho <= 1 in spectral norm, ||dW|| <= rho (||A|| + ||B|| + rho) (Eqs. 13 to 15). With Eq. 16,
+rho = eta / (||A|| + ||B|| + 1), that is eta at most: the learning rate bounds the step of W. In practice five
+steps of Newton-Schulz make it 1.21 eta, for eta <= 0.5, and sigma is an estimate: train.py logs the ratio.
 """
 
 import warnings
@@ -30,7 +31,7 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
 
 def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     """Algorithm 3: (sigma, u), an estimate from below of the spectral norm of W (..., p, q), and the vector
-    (..., p) from which the next call starts. For W = 0 that is a fixed one, so that sigma recovers with W."""
+    (..., p) from which the next call starts. For W = 0 that is a fixed one: zero would stay zero forever."""
     W, u = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (W, u))
     fixed = unit(torch.arange(1, W.size(-2) + 1, dtype=u.dtype, device=u.device).square().cos())
     for _ in range(steps):
@@ -46,8 +47,7 @@ class Spectron(torch.optim.Optimizer):
 
     lr is eta; nesterov=False is Algorithm 1 to the letter. Without renormalize a factor moves by eta O (Muon
     on the factors), without orthogonalize by rho M / ||M|| (left open by the paper), without both by eta M
-    (SGD). shape_scale multiplies A's step by sqrt(max(1, m / r)), as the public code does, and voids the
-    bound. Newton-Schulz runs in ns_dtype (None: the factors' own).
+    (SGD). shape_scale, the public code's sqrt(max(1, m / r)) on A's step, and weight decay void the bound.
     """
 
     def __init__(self, pairs, lr, momentum=0.95, weight_decay=0.0, nesterov=True, shape_scale=False,
@@ -74,7 +74,7 @@ class Spectron(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            alike = {}  # pairs of one shape are one batch: a Llama has three shapes
+            alike = {}  # pairs of one shape are one batch: attention; gate and up; down
             for index, (A, B) in enumerate(zip(group["params"][::2], group["params"][1::2])):
                 self.init_state(A, B, seed=index)
                 moves = A.grad is not None and B.grad is not None
@@ -108,7 +108,7 @@ class Spectron(torch.optim.Optimizer):
         M = self.momentum(factors, group)
         if group["orthogonalize"]:
             return newton_schulz(M.to(group["ns_dtype"] or M.dtype), group["ns_steps"])
-        if group["renormalize"]:  # by the exact norm, from an SVD that waits for the GPU
+        if group["renormalize"]:  # by the exact norm: an SVD, for which the CPU waits
             return M / torch.linalg.matrix_norm(M, ord=2, keepdim=True).clamp_min(torch.finfo(M.dtype).tiny)
         return M
 

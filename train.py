@@ -110,7 +110,7 @@ FLAGS_BY_TOPIC = {
         "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
         "stop_at": (positive, None, "save and end after this step, on the schedule of --steps"),
         "tokens_per_step": (number(int, 1, 2**40), 2**20, "the batch, over all ranks and micro-steps"),
-        "batch_size": (positive, None, "sequences per device and micro-step: memory, never the result"),
+        "batch_size": (positive, None, "sequences per device and micro-step: changes memory, not the result"),
         "seq_len": (number(int, 1, 2**20 + 1), None, "tokens per sequence: 2,048; nano 256"),
         "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
         "data": (str, "data/fineweb", "directory of token shards"),
@@ -144,7 +144,7 @@ def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNam
     """Every setting of a run. What is not given comes from `saved`, the settings of the run that goes on, or
     from the defaults. UserError where settings do not go together."""
     if "dry_run" in given and "device" in given:
-        device = given["device"]  # which need not be here
+        device = given["device"]  # this machine need not have it
     else:
         device = choose_device(given.get("device"))
     given = {name: value for name, value in given.items() if name in FLAGS}
@@ -187,8 +187,8 @@ def new_run(given: dict, device: str) -> SimpleNamespace:
 
 def paper_steps(size: str, dense: bool) -> int:
     """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense
-    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that 6 N D is equal.
-    All six of Appendix E.3."""
+    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that both cost 6 N D
+    FLOPs. It gives all six step counts of Appendix E.3."""
     nominal = ALIASES.get(size, size)  # 134M
     if dense:
         parameters = count_parameters(replace(SIZES[size], vocab_size=32000))
@@ -200,7 +200,8 @@ def paper_steps(size: str, dense: bool) -> int:
 # ------------------------------------------------- One step -------------------------------------------------
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of lr at a step (from 0): linear warm-up over 5%, then a cosine that ends above zero."""
+    """The fraction of lr at a step (from 0): linear warm-up over 5%, then a cosine towards zero, which the
+    last step is still above."""
     warmup = math.ceil(WARMUP * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -215,8 +216,8 @@ def backward(network, x, y, c) -> torch.Tensor:
     total = torch.zeros((), device=c.device)
     for micro, (inputs, targets) in enumerate(zip(x.split(c.batch_size), y.split(c.batch_size)), 1):
         # Gradients add up over the micro-steps. The ranks average them once, with the last one.
-        alone = micro < c.micro_steps and isinstance(network, DistributedDataParallel)
-        with network.no_sync() if alone else nullcontext():
+        early = micro < c.micro_steps and isinstance(network, DistributedDataParallel)
+        with network.no_sync() if early else nullcontext():
             with precision(c.device, c.dtype):
                 loss = network(*(t.to(c.device, non_blocking=True) for t in (inputs, targets)))
                 loss = loss / c.micro_steps
@@ -226,8 +227,8 @@ def backward(network, x, y, c) -> torch.Tensor:
 
 
 def read_back(model, loss: torch.Tensor, stopping: bool) -> tuple[float, float, bool]:
-    """(norm of all gradients, mean loss over the ranks, whether any rank was told to stop). It is the one
-    place of a step where the CPU waits for the device."""
+    """(norm of all gradients, mean loss over the ranks, whether any rank was told to stop). In a step that is
+    not logged the CPU waits for the device here alone."""
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing, f"no gradient for {missing}"
     sums, (_, ranks) = torch.stack([loss, loss.new_full((), float(stopping))]), my_rank()
@@ -246,7 +247,7 @@ def clip_gradients(model, norm: float) -> None:
 def update(optimizers, fraction: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * fraction
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * fraction  # ReLoRA sets its own
         optimizer.step()
         optimizer.zero_grad()
 
@@ -255,7 +256,7 @@ def update(optimizers, fraction: float) -> None:
 
 @command
 def main(argv=None):
-    """Look at everything that can be wrong, before anything is allocated or written; then train."""
+    """Check everything that can be wrong before anything is allocated or written; then train."""
     argv = sys.argv[1:] if argv is None else argv
     given, (rank, ranks) = parse(argv), rank_and_ranks()
     saved = checkpoints.find(given)  # the checkpoint to go on from, or None
@@ -275,7 +276,7 @@ def main(argv=None):
 
     join_ranks(c.device)
     corpus = prepare.open_corpus(c, NANO["data"])
-    header = {"argv": argv, "ranks": ranks, **machine.provenance()}  # of the log: how to make it again
+    header = {"argv": argv, "ranks": ranks, **machine.provenance()}  # how to make this run again
     step = saved["step"] if saved else 0
     with signals_caught() as caught, run_directory(c, given, step, header) as log:
         run(c, method, corpus, saved, caught, log)
@@ -285,7 +286,7 @@ def main(argv=None):
 
 
 def run(c, method, corpus, saved, caught, log) -> None:
-    """Train from the checkpoint, or from the start, until --steps, --stop_at, or a signal, which fills
+    """Train from the checkpoint, or from the start, until --steps, --stop_at, or a signal, which shows in
     `caught`. log(record) appends to the run's log."""
     (train, val, tokenizer), (rank, ranks) = corpus, my_rank()
     # The seed decides the weights. They are made on the device, where the SVDs of a large model are fast.
@@ -325,29 +326,29 @@ def run(c, method, corpus, saved, caught, log) -> None:
         # All ranks agree on what happens after this step, since they have to validate together.
         last = step == stop or told_to_stop
         final = step == c.steps
-        validated = final or step % c.eval_every == 0
-        logged = rank == 0 and (last or validated or step == 1 or step % c.spectra_every == 0)
-        if logged:
+        validate_now = final or step % c.eval_every == 0
+        log_now = rank == 0 and (last or validate_now or step == 1 or step % c.spectra_every == 0)
+        if log_now:
             spectra.before()
-        # Everything above read the weights. This line is the only one that moves them.
+        # Everything above read the weights; here they move.
         update(optimizers, fraction)
-        if logged and c.device == "cuda":
+        if log_now and c.device == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - started  # what follows stands outside the clock
 
         # Validation is on the same fixed tokens every time; after the last step on more of them.
         scores = {}
-        if validated:
+        if validate_now:
             tokens = c.final_eval_tokens if final else c.eval_tokens
             lengths = data.token_bytes(tokenizer) if final and tokenizer else None
             scores = validate(model, val, tokens, c.batch_size, c.dtype, lengths)
-        if logged:
+        if log_now:
             journal.step(step, flops, seconds, loss, scores.get("val_loss"), spectra.after())
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
-        kept = c.keep_every and step % c.keep_every == 0
-        if rank == 0 and (last or kept or step % c.save_every == 0):
+        keep_now = c.keep_every and step % c.keep_every == 0
+        if rank == 0 and (last or keep_now or step % c.save_every == 0):
             checkpoints.save(c, model, optimizers, step, seconds, flops)
-        if logged:
+        if log_now:
             journal.show()
     if rank == 0:
         journal.end(step, seconds, scores, tokenizer)

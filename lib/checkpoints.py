@@ -1,4 +1,4 @@
-"""The whole state of a run on disk: written so that a kill leaves a whole one, read with a check."""
+"""Saving and loading the state of a run: a kill leaves a whole checkpoint, and a damaged one is found."""
 
 import os
 import pickle
@@ -16,13 +16,13 @@ from lib.files import replacing
 from lib.methods import baseline
 from model import Llama, LlamaConfig
 
-SEAL = b"CRC-32 "  # stands behind a checkpoint, before the four bytes of its CRC
-ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # the record that ends a zip, which a checkpoint without a seal is
+SEAL = b"CRC-32 "  # appended to a checkpoint, followed by the four bytes of its CRC
+ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # the end of a zip: without a seal, a checkpoint is one
 BROKEN = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 def seal(file, size: int) -> bytes:
-    """What stands at the end of a checkpoint: the CRC-32 of the first `size` bytes of the open file."""
+    """What is appended to a checkpoint: the CRC-32 of the first `size` bytes of the open file."""
     crc, _ = 0, file.seek(0)
     while block := file.read(min(2**20, size - file.tell())):
         crc = zlib.crc32(block, crc)
@@ -40,15 +40,14 @@ def save(c, model, optimizers, step: int, seconds: float, flops: int) -> None:
                     "step": step, "seconds": seconds, "flops": flops, "config": vars(c)}, file)
         file.write(seal(file, file.tell()))
         if path.exists():
-            with suppress(OSError):  # a disk that knows no links keeps one checkpoint
+            with suppress(OSError):  # no hard links here: only the newest is kept
                 os.link(path, old)
     if c.keep_every and step % c.keep_every == 0:
         keep(path, step)
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """Gives the optimizers their state; returns (step, seconds, FLOPs). Empties the checkpoint, for the
-    memory that it holds."""
+    """Gives the optimizers their state; returns (step, seconds, FLOPs). Clears the dict to free its memory."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -90,7 +89,7 @@ def is_done(saved: dict | None, c, given: dict) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of train.py, on the CPU. Any exception at all where it is damaged."""
+    """A checkpoint of train.py, on the CPU. A damaged file may raise anything."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         whole = size - len(SEAL) - 4
@@ -168,7 +167,7 @@ def load_model(checkpoint: dict, device) -> Llama:
 def keep(checkpoint: Path, step: int) -> None:
     """This checkpoint under a name of its own as well; where the disk knows no links, a copy."""
     numbered = checkpoint.with_name(f"ckpt-{step:06}.pt")
-    numbered.unlink(missing_ok=True)  # a resumed run comes by here again
+    numbered.unlink(missing_ok=True)  # a resumed run saves this step again
     try:
         os.link(checkpoint, numbered)
     except OSError:

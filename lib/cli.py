@@ -1,4 +1,4 @@
-"""Command lines: flags, numbers, and a user's mistake as one message."""
+"""What all commands share: flags and numbers, a user's mistake as one message, output that cannot fail."""
 
 import argparse
 import difflib
@@ -91,7 +91,7 @@ def silence(stream) -> None:
 
 @contextmanager
 def any_letter():
-    """Meanwhile a Latin-1 terminal shows ? for what it does not have."""
+    """Meanwhile a Latin-1 terminal shows ? for the letters it lacks."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -141,7 +141,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 def rank_and_ranks() -> tuple[int, int]:
     """(this process's rank, how many there are) under torchrun; (0, 1) elsewhere. A lone RANK or WORLD_SIZE
-    that some other program has left in the environment counts for nothing."""
+    that some other program left in the environment is ignored."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
     if not all(os.environ.get(name) for name in names):
         return 0, 1

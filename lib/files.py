@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, and locks."""
+"""Atomic writes of files and directories, and locks."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ def replacing(path, mode: str = "wb"):
     until then, and an error removes what was written. OSError names the path."""
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if str(path).startswith("/dev/") or os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **text) as file:  # a device or a pipe has no place to be taken
+        with open(path, mode, **text) as file:  # a device or a pipe cannot be replaced
             yield file
         return
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
@@ -25,7 +25,7 @@ def replacing(path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        if os.name == "posix":  # the name is on the disk when the directory is
+        if os.name == "posix":  # so that the new name survives a crash
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)

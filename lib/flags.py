@@ -84,7 +84,7 @@ def resumed(given: dict, saved: dict, flags: dict, device: str) -> SimpleNamespa
     c = SimpleNamespace(**saved)
     for flag, (_, default, _) in flags.items():
         vars(c).setdefault(flag, default)  # a flag that is newer than the run
-    c.stop_at = None  # it was the other command's
+    c.stop_at = None  # it was for the other command alone
     c.compile = c.compile and device == c.device
     vars(c).update(given)
     c.device = device

@@ -31,10 +31,10 @@ class Method:
     flags: tuple = ()  # of train.py, that apply to this method and not to all
     dense: bool = False  # nn.Linear in place of `linear`
     linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
-    before_step: Callable | None = None  # (model, optimizers, c, step) -> True where parameters have left
+    before_step: Callable | None = None  # (model, optimizers, c, step) -> True if it changed which parameters there are
     flops_per_token: Callable = flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
-    logged: Callable = lambda model: {}  # what else this method has for a record of the log
+    logged: Callable = lambda model: {}  # further values for the log
     nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
 
 
@@ -67,8 +67,8 @@ def adamw(params, lr, c):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for dense matrices, as torch.optim.Muon does it. Torch's always multiplies in bfloat16: on a CPU
-    without bfloat16 hardware it is 28 times slower than this."""
+    """Muon for dense matrices, with the steps of torch.optim.Muon. That one always multiplies in bfloat16: on
+    a CPU without bfloat16 hardware it is 28 times slower."""
 
     def __init__(self, params, ns_dtype=None, **settings):
         super().__init__(params, settings)

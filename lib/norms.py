@@ -1,4 +1,4 @@
-"""The norms of one matrix over one step: what the paper's Figures 2 and 3 draw."""
+"""The norms of one matrix over one step, for the log: what the paper's Figures 2 and 3 draw."""
 
 import math
 
@@ -32,7 +32,8 @@ def finite(x) -> float | None:
 class Spectra:
     """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw.
 
-    probe (1, T) are fixed tokens, for dy. A dense W is followed as W I^T, so that one formula serves all.
+    probe (1, T) are fixed tokens, on which the change of the layer's output is measured. A dense W counts as
+    the factors (W, I).
     """
 
     def __init__(self, model, name: str, optimizers, probe: torch.Tensor):

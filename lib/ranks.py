@@ -1,4 +1,4 @@
-"""Devices, and the ranks of torchrun."""
+"""Devices and their precision, and the ranks of torchrun."""
 
 import importlib
 import os
@@ -30,8 +30,8 @@ def join_ranks(device: str) -> torch.device:
                             f"{torch.cuda.device_count()} at most, or --device cpu")
         torch.cuda.set_device(where)
     if rank_and_ranks()[1] > 1:
-        # If DDP or an optimizer imported it later, it would hold the group in default arguments. Gloo's
-        # threads would then outlive destroy_process_group, and now and then abort the interpreter's exit.
+        # Import it now: imported later, by DDP or an optimizer, it would keep the group alive in default
+        # arguments, and Gloo's threads would now and then abort the interpreter's exit.
         importlib.import_module("torch._dynamo")
         # After a restart torchrun's store still has the addresses of the ranks that are gone: a prefix hides
         # them. A rank that waits for another one longer than `timeout` gives up.

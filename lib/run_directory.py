@@ -1,4 +1,4 @@
-"""out/<run>: what may be in it before a run, its one writer, and its log, which a kill cannot spoil."""
+"""The directory of a run, out/<run>: what may be in it, its lock, its log."""
 
 import itertools
 import json

@@ -13,9 +13,9 @@ OTHERS = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SI
 
 @contextmanager
 def signals_caught():
-    """Yields a dict that a signal fills, so that the run can end after its step and save. A second SIGINT or
-    SIGTERM interrupts at once; under torchrun, which passes on the Ctrl-C that the terminal has sent already,
-    only when it comes a second later. What `nohup` ignores stays ignored."""
+    """Yields a dict in which the signals are recorded, so that the run can end after its step and save. A
+    second SIGINT or SIGTERM raises KeyboardInterrupt; under torchrun, which repeats a Ctrl-C, only a second
+    later. What `nohup` ignores stays ignored."""
     caught, grace = {}, 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def handle(number, frame):
@@ -37,7 +37,7 @@ def signals_caught():
 
 
 def exit_if_interrupted(caught: dict) -> None:
-    """SystemExit with a shell's code for Ctrl-C or for a closed pipe. Ended by a scheduler, a run did well."""
+    """SystemExit with a shell's code for Ctrl-C or a closed pipe. Ended by a scheduler, a run did well."""
     if signal.SIGINT in caught:
         raise SystemExit(130)
     if getattr(signal, "SIGPIPE", None) in caught:

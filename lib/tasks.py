@@ -12,7 +12,7 @@ FETCH = "Fetch the files again: python -m tools.download evals; or name a direct
 
 @dataclass(frozen=True)
 class Item:
-    """A question. Its answer is the choice that is likeliest after the context, behind a space."""
+    """A question. Its answer is the choice that is likeliest after the context and a space."""
     where: str  # file and line
     context: str
     choices: list[str]
@@ -26,7 +26,7 @@ class Item:
 
 
 def read_task(task: str, make, name: str, directory: Path) -> list[Item]:
-    """The items of a task's official file. UserError, with the line, where one is not what it should be."""
+    """The items of a task's official file. UserError, with the line, if one is malformed."""
     path, items = find_file(task, directory, name), []
     labels = read_text(find_file(task, directory, PIQA_LABELS)).split() if task == "piqa" else None
     for number, line in enumerate(read_text(path).split("\n"), 1):

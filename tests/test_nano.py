@@ -28,7 +28,7 @@ def test_its_numbers_are_the_defaults_of_train_py():
         size.vocab_size, size.seq_len, size.dim, size.n_heads, size.n_layers, size.ffn_dim, size.rank_ratio)
     assert (nano.STEPS, nano.BATCH * nano.T, nano.ETA, nano.BETA, nano.ADAM_LR, nano.WARMUP) == (
         c.steps, c.tokens_per_step, c.lr, c.momentum, c.adam_lr, train.WARMUP)
-    assert [nano.schedule(step) for step in range(240)] == [train.schedule(step, 240) for step in range(240)]
+    assert [nano.lr_factor(step) for step in range(240)] == [train.schedule(step, 240) for step in range(240)]
 
 
 def test_it_begins_with_the_weights_of_model_py(tiny):
