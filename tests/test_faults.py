@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, TINY
-from launch import FLOAT64, Child, finished, ranks_of, train_on
+from launch import FLOAT64, SHORT_END, Child, finished, ranks_of, train_on
 from lib.checkpoints import load_checkpoint, read_checkpoint
 from lib.cli import UserError
 from lib.files import lock
@@ -186,7 +186,7 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(run, corp
 # -------------------------------------------------- Ranks ---------------------------------------------------
 
 def test_a_rank_that_dies_is_named_and_torchrun_goes_on_to_the_same_end(run, float64, corpus, tmp_path):
-    """Rank 1 kills itself in the first attempt, and so does rank 0 in the second."""
+    """Rank 1 kills itself in the first attempt, and so does rank 0 in the second. All are real starts."""
     argv = [*TINY, "--data", corpus, *FLAGS]
     script = tmp_path / "ranks.py"
     script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})

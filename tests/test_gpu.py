@@ -34,7 +34,8 @@ def same_losses_compiled(run, float64, corpus, tmp_path, monkeypatch):
         monkeypatch.setitem(SIZES, "nano-0.6M", dataclasses.replace(SIZES["nano-0.6M"], n_layers=1))
         run(*flags, out="plain")
         train_on(tmp_path, ranks, [*flags, "--compile", "--batch_size", batch_size, "--out", tmp_path / "c"],
-                 SMALL + f"BACKEND = {backend!r}\n" + COMPILE, whole_end=True)
+                 f"import os\nos.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'kernels')!r}\n"
+                 f"BACKEND = {backend!r}\n{SMALL}{COMPILE}", whole_end=True)
         plain, compiled = ([(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
                            for name in ("plain", "c"))
         for found, expected in zip(compiled, plain, strict=True):

@@ -205,7 +205,8 @@ def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, 
 
 
 def test_two_ranks_find_what_one_finds(trained_once, tmp_path):
-    out, flags = trained_once("--steps", 1, *LONG), ["--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED)]
+    out = trained_once("--steps", 1, *LONG)
+    flags = ["--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED)]
     found = []
     for ranks in 1, 2:
         scores, items = tmp_path / f"{ranks}.json", tmp_path / f"{ranks}.jsonl"

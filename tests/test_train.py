@@ -162,7 +162,8 @@ def test_two_ranks_equal_one_process_and_each_other(run, float64, corpus, tmp_pa
 kept, assigned = [], train.assert_assigned
 train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
 """
-    said, warned = train_on(tmp_path, 2, [*flags, "--batch_size", 2, "--out", tmp_path / "two"], before, after="""
+    flags += ["--batch_size", 2, "--out", tmp_path / "two"]
+    said, warned = train_on(tmp_path, 2, flags, before, after="""
 import os, torch
 torch.save(kept[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
 tasks = "/proc/self/task"
