@@ -47,7 +47,7 @@ def save(c, model, optimizers, step: int, seconds: float, flops: int) -> None:
 
 
 def restore(optimizers, checkpoint: dict) -> tuple[int, float, int]:
-    """Gives the optimizers their state; returns (step, seconds, FLOPs). Clears the dict to free its memory."""
+    """Gives the optimizers their state; returns (step, seconds, FLOPs). Clears the dict, to free memory."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -31,7 +31,7 @@ class Method:
     flags: tuple = ()  # of train.py, that apply to this method and not to all
     dense: bool = False  # nn.Linear in place of `linear`
     linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
-    before_step: Callable | None = None  # (model, optimizers, c, step) -> True if it changed which parameters there are
+    before_step: Callable | None = None  # (model, optimizers, c, step) -> True if parameters came or went
     flops_per_token: Callable = flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
     logged: Callable = lambda model: {}  # further values for the log

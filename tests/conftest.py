@@ -48,13 +48,34 @@ def corpus(tmp_path_factory):
     return directory
 
 
+def without_its_end(patch):
+    """The sample and the figure at the end of a run take longer than a tiny run: most tests do without."""
+    patch.setattr(report, "plot", SimpleNamespace(figure=lambda runs, path: None))
+    patch.setattr(report, "sample", SimpleNamespace(generate=lambda *args, **more: [],
+                                                    texts=lambda *args: []))
+
+
 @pytest.fixture(autouse=True)
 def short_end(request, monkeypatch):
-    """The sample and the figure at the end of a run take longer than a tiny run: most tests do without."""
     if not request.node.get_closest_marker("whole_end"):
-        monkeypatch.setattr(report, "plot", SimpleNamespace(figure=lambda runs, path: None))
-        monkeypatch.setattr(report, "sample", SimpleNamespace(generate=lambda *args, **more: [],
-                                                              texts=lambda *args: []))
+        without_its_end(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def trained_once(corpus, tmp_path_factory):
+    """trained_once(*flags) is the directory of a tiny run that several tests read, and none changes."""
+    runs = {}
+
+    def call(*flags):
+        if flags not in runs:
+            out = tmp_path_factory.mktemp("trained") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                without_its_end(patch)
+                torch.manual_seed(0)
+                train.main([*TINY, "--data", str(corpus), "--out", str(out), *map(str, flags)])
+            runs[flags] = out
+        return runs[flags]
+    return call
 
 
 @pytest.fixture
@@ -71,7 +92,7 @@ def run(corpus, tmp_path, monkeypatch):
 @pytest.fixture
 def fails(capsys):
     """fails(main, argv, *fragments): exit code 2, one message on stderr that has every fragment,
-    no traceback."""
+    no traceback. Returns the message."""
     def call(main, argv, *fragments):
         with pytest.raises(SystemExit) as caught:
             main([str(arg) for arg in argv])
@@ -80,6 +101,7 @@ def fails(capsys):
         assert "Traceback" not in message
         for fragment in fragments:
             assert str(fragment) in message, f"{fragment!r} is not in: {message}"
+        return message
     return call
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import zlib
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import data
-from conftest import ROOT
+from launch import Child
 from lib.cli import Parser, Progress, UserError, command, number, positive, rank_and_ranks
 from lib.files import replacing
 
@@ -192,13 +191,13 @@ def test_bytes_is_a_tiktoken_encoding_of_256_bytes_and_end_of_text():
 
 def test_a_tokenizer_that_can_not_be_fetched_says_what_to_do(tmp_path):
     """In a process of its own: no cache, and a proxy that refuses."""
-    code = "from tools import prepare; prepare.main(['text', 'a.txt', '--tokenizer', 'gpt2', '--out', 'd'])"
     (tmp_path / "a.txt").write_text("words\n\n" * 3000)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"),
-                   "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and "Traceback" not in done.stderr
+    done = Child("import sys\nfrom tools import prepare\nprepare.main(sys.argv[1:])",
+                 ["text", "a.txt", "--tokenizer", "gpt2", "--out", "d"], tmp_path,
+                 {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9",
+                  "HTTPS_PROXY": "http://127.0.0.1:9"})
+    error = done.communicate()[1]
+    assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in error and "Traceback" not in error
     assert not (tmp_path / "d").exists()
 
 

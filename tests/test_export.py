@@ -29,10 +29,10 @@ LONG = ["--seq_len", 128, "--tokens_per_step", 256]
 
 
 @pytest.fixture
-def runs(run):
+def runs(trained_once):
     """Directories of a low-rank run of bytes, and of one whose attention is dense."""
-    return RUNS or [run("--steps", 8, *LONG, out="a"),
-                    run("--steps", 2, *LONG, "--factorize", "ffn", "--rank_ratio", 0.5, out="b")]
+    return RUNS or [trained_once("--steps", 8, *LONG),
+                    trained_once("--steps", 2, *LONG, "--factorize", "ffn", "--rank_ratio", 0.5)]
 
 
 def loaded(run, to, **options):
@@ -94,10 +94,10 @@ def test_every_tokenizer_that_is_written_reads_as_it_did(name):
         assert theirs.encode(text).ids == ours.encode_ordinary(text) or data.END_OF_TEXT in text
 
 
-def test_factors_multiply_to_the_weights(run, tmp_path):
+def test_factors_multiply_to_the_weights(trained_once, tmp_path):
     pytest.importorskip("safetensors")
     from safetensors.torch import load_file
-    out = run("--steps", 1, out="a")
+    out = trained_once("--steps", 1)
     export.main([str(out), "--to", str(tmp_path / "hf"), "--factors"])
     weights, factors = (load_file(tmp_path / "hf" / f"{name}.safetensors") for name in ("model", "factors"))
     assert len(factors) == 2 * 7 * 2 and len(weights) == 7 * 2 + 2 * 2 + 3

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, TINY
-from launch import FLOAT64, torchrun
+from launch import FLOAT64, SHORT_END, Child, finished, ranks_of, train_on
 from lib.checkpoints import load_checkpoint, read_checkpoint
 from lib.cli import UserError
 from lib.files import lock
@@ -41,16 +41,14 @@ def assert_same(one, two):
     assert timeless[0] == timeless[1]
 
 
-def child(script: str, argv, **more) -> subprocess.Popen:
-    """train.main(argv) in a process of its own, after `script`."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time\nimport torch\n"
-            f"import data, train\nfrom lib import run_directory\n"
-            f"from tools import prepare\n{script}\ntrain.main(sys.argv[1:])")
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **more)
+def child(script: str, argv) -> Child:
+    """train.main(argv) in a process of its own, after `script`, without a figure at its end."""
+    return Child("import os, signal, sys, time\nimport torch\nimport data, train\n"
+                 "from lib import run_directory\nfrom tools import plot, prepare\n"
+                 f"plot.figure = lambda *args: None\n{script}\ntrain.main(sys.argv[1:])", argv)
 
 
-def wait_for(process, text: str) -> None:
+def wait_for(process: Child, text: str) -> None:
     for row in process.stdout:
         if text in row:
             return
@@ -188,7 +186,7 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_is_gone(run, corp
 # -------------------------------------------------- Ranks ---------------------------------------------------
 
 def test_a_rank_that_dies_is_named_and_torchrun_goes_on_to_the_same_end(run, float64, corpus, tmp_path):
-    """Rank 1 kills itself in the first attempt, and so does rank 0 in the second."""
+    """Rank 1 kills itself in the first attempt, and so does rank 0 in the second. All are real starts."""
     argv = [*TINY, "--data", corpus, *FLAGS]
     script = tmp_path / "ranks.py"
     script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
@@ -214,25 +212,21 @@ train.main(sys.argv[1:])""")
 
 def test_all_ranks_stop_at_the_step_in_which_one_is_told_to(corpus, tmp_path):
     """And the run saves, and ends with 0."""
-    script = tmp_path / "told.py"
-    script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import train
+    told = """import os, signal, sys, train
 schedule = train.schedule
 def told(step, steps):
     if (step, os.environ["RANK"]) == (5, "1"):
         os.kill(os.getpid(), signal.SIGTERM)
     return schedule(step, steps)
 train.schedule = told
-train.main(sys.argv[1:])""")
-    ranked = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    subprocess.run([*ranked, *TINY, "--data", corpus, *FLAGS, "--out", tmp_path / "run"], check=True,
-                   capture_output=True, timeout=240)
+train.main(sys.argv[1:])"""
+    finished(ranks_of(2, told, [*TINY, "--data", corpus, *FLAGS, "--out", tmp_path / "run"]))
     assert load_checkpoint(tmp_path / "run")["step"] == 6
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_batch_size(run, float64, tmp_path):
     one, two = run("--steps", 8, out="one"), run("--steps", 8, "--stop_at", 4, out="two")
-    torchrun(tmp_path, 2, ["--resume", "--batch_size", 2, "--out", two], tiny=())
+    train_on(tmp_path, 2, ["--resume", "--batch_size", 2, "--out", two], tiny=())
     losses = [[row["loss"] for row in plot.read_log(out)[1]] for out in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-6)
     assert max(float((w - weights(two)[name]).abs().max()) for name, w in weights(one).items()) < 1e-9

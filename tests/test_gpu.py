@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from launch import FLOAT64, torchrun
+from launch import FLOAT64, train_on
 from model import SIZES
 from tools import plot
 
@@ -24,23 +24,35 @@ real, torch.compile = torch.compile, lambda model: real(model, fullgraph=True, b
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
 
 
-@needs_gcc
-def test_compiled_training_is_one_graph_that_never_recompiles_and_has_the_same_losses(
-        run, float64, corpus, tmp_path, monkeypatch):
-    """Through train.py, on one rank with real kernels, and on two with no_sync and the same graph;
-    validation, the probe and a sample between."""
-    flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
-             "--data", corpus]
-    monkeypatch.setitem(SIZES, "nano-0.6M", dataclasses.replace(SIZES["nano-0.6M"], n_layers=1))
-    run(*flags, out="plain")
-    for name, ranks, size, backend in ("compiled", 1, 8, "inductor"), ("ranks", 2, 2, "aot_eager"):
-        torchrun(tmp_path, ranks, [*flags, "--compile", "--batch_size", size, "--out", tmp_path / name],
-                 SMALL + f"BACKEND = {backend!r}\n" + COMPILE, whole_end=True)
-    losses = {name: [(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
-              for name in ("plain", "compiled", "ranks")}
-    for name in "compiled", "ranks":
-        for found, expected in zip(losses[name], losses["plain"], strict=True):
+@pytest.fixture
+def same_losses_compiled(run, float64, corpus, tmp_path, monkeypatch):
+    """same_losses_compiled(ranks, batch_size, backend): through train.py, with validation, the probe and a
+    sample between."""
+    def check(ranks, batch_size, backend):
+        flags = ["--size", "nano-0.6M", "--steps", 4, "--eval_every", 2, "--lr", 0.02, "--adam_lr", 0.001,
+                 "--data", corpus]
+        monkeypatch.setitem(SIZES, "nano-0.6M", dataclasses.replace(SIZES["nano-0.6M"], n_layers=1))
+        run(*flags, out="plain")
+        train_on(tmp_path, ranks, [*flags, "--compile", "--batch_size", batch_size, "--out", tmp_path / "c"],
+                 f"import os\nos.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'kernels')!r}\n"
+                 f"BACKEND = {backend!r}\n{SMALL}{COMPILE}", whole_end=True)
+        plain, compiled = ([(row["loss"], row["val_loss"]) for row in plot.read_log(tmp_path / name)[1]]
+                           for name in ("plain", "c"))
+        for found, expected in zip(compiled, plain, strict=True):
             assert found == pytest.approx(expected, abs=1e-5)
+    return check
+
+
+@needs_gcc
+def test_compiled_training_is_one_graph_that_never_recompiles_also_with_ranks(same_losses_compiled):
+    """With no_sync, and 2 micro-steps on each of two ranks."""
+    same_losses_compiled(2, 2, "aot_eager")
+
+
+@needs_gcc
+@pytest.mark.inductor
+def test_compiled_training_has_the_same_losses_with_the_kernels_of_inductor(same_losses_compiled):
+    same_losses_compiled(1, 8, "inductor")
 
 
 @needs_gcc

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import baselines
 import eval as evaluation
 import train
 from baselines.self_guided import SelfGuidedLinear, alpha_at, skipped
@@ -175,18 +176,12 @@ def test_wrong_methods_and_arguments_are_refused(fails, flags, fragments):
 @pytest.mark.parametrize("name, code", [
     ("my-method", "def method(): pass"), ("mymethod", "x = 1"), ("other", "import not_installed"),
     ("fourth", "def method(rank): pass")])
-def test_a_baseline_that_cannot_be_used_is_one_message(tmp_path, name, code):
+def test_a_baseline_that_cannot_be_used_is_one_message(tmp_path, fails, monkeypatch, name, code):
     """A dash in the file's name; no function method(); a package that is missing; an argument not given."""
-    (tmp_path / "baselines").mkdir()
-    (tmp_path / "baselines" / f"{name}.py").write_text(code + "\n")
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    for room in "lib", "tools":
-        (tmp_path / room).symlink_to(ROOT / room)
-    done = subprocess.run([sys.executable, "train.py", "--method", name, "--dry_run"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    assert f"--method {name}: " in done.stderr and "function method()" in done.stderr
+    (tmp_path / f"{name}.py").write_text(code + "\n")
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    error = fails(train.main, ["--method", name, "--dry_run"], f"--method {name}: ", "function method()")
+    assert len(error.splitlines()) == 1
 
 
 def test_an_underscore_is_as_good_as_a_dash(run):

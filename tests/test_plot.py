@@ -52,10 +52,15 @@ def test_a_legend_never_leaves_the_picture(made, tmp_path, count, long):
 
 
 def test_every_axis_is_drawn(made, tmp_path):
-    runs = [str(made("a")), str(made("b", lr=0.2))]
+    runs = [made("a"), made("b", lr=0.2)]
     for x in "step", "tokens", "flops", "seconds":
         for y in "val_loss", "loss", "dW", "W", "dy", "gauge":
-            plot.main([*runs, "-o", str(tmp_path / "fig.png"), "--x", x, "--y", y])
+            axes = plot.draw(runs, x, y).axes[0]
+            curves = [line.get_xydata() for line in axes.get_lines() if len(line.get_xydata()) > 3]
+            rows = [row for row in plot.read_log(runs[0])[1] if row[y] is not None]
+            assert len(curves) >= 2 and axes.get_xlabel() and axes.get_ylabel()
+            assert any(curve.tolist() == [[row[x], row[y]] for row in rows] for curve in curves), (x, y)
+    plot.main([*map(str, runs), "-o", str(tmp_path / "fig.png"), "--x", "tokens", "--y", "gauge"])
     assert (tmp_path / "fig.png").stat().st_size > 5000
 
 

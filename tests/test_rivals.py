@@ -18,7 +18,7 @@ from baselines.sct import SCTLinear, StiefelAdamW, retracted
 from baselines.sltrain import SLTrainLinear
 from baselines.tsvd import TSVDLinear, cut, rank_for
 from conftest import TINY
-from launch import FLOAT64, torchrun
+from launch import FLOAT64, train_on
 from model import FactorizedLinear
 from tools import export, plot, sample
 
@@ -59,17 +59,20 @@ def test_it_trains_resumes_bit_for_bit_is_scored_sampled_and_exported(run, fails
 
 
 def test_two_ranks_equal_one_process(run, float64, corpus, tmp_path):
-    """All methods in one pair of processes, one after the other."""
-    guided = ["--method", "self-guided", "--method_args", "stochastic=true"]
-    argvs = {name: [*args, "--steps", 6, "--data", corpus]
-             for name, args in ({name: flags(name) for name in METHODS} | {"self-guided": guided}).items()}
+    """Every layer of its own and every hook before a step, and galore's basis, in one pair of processes, one
+    after the other, at a width of 64. Within four steps relora merges, tsvd cuts, and galore's basis
+    changes. The other methods are optimizers that see nothing but the mean gradient."""
+    methods = {name: flags(name) for name in ("cola", "sct", "sltrain", "relora", "tsvd", "galore")}
+    methods["self-guided"] = ["--method", "self-guided", "--method_args", "stochastic=true"]
+    argvs = {name: [*args, "--size", "nano-2x64", "--steps", 4, "--data", corpus]
+             for name, args in methods.items()}
     more = "".join(f"train.main({[*TINY, *map(str, argv), '--out', str(tmp_path / ('two-' + name))]!r})\n"
                    for name, argv in argvs.items())
     once = """import functools, train, torch.distributed as dist
 train.join_ranks = functools.cache(train.join_ranks)
 end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 """
-    torchrun(tmp_path, 2, ["--dry_run"], FLOAT64 + once, more + "end()\n")
+    train_on(tmp_path, 2, ["--dry_run"], FLOAT64 + once, more + "end()\n")
     for name, argv in argvs.items():
         one, two = weights(run(*argv, out=name)), weights(tmp_path / f"two-{name}")
         assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-9, name

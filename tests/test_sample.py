@@ -1,9 +1,7 @@
 """sample.py: the KV cache against the uncached model, what is drawn, and how it reaches the terminal."""
 
 import io
-import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -12,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-from conftest import ROOT
+from launch import Child
 from lib.cli import UserError
 from model import FactorizedLinear, Llama, LlamaConfig
 from tools import sample
@@ -134,9 +132,9 @@ def test_bytes_wait_until_they_are_a_character():
 
 # ----------------------------------------------- The command ------------------------------------------------
 
-@pytest.fixture
-def trained(run):
-    return run("--steps", 1)
+@pytest.fixture(scope="module")
+def trained(trained_once):
+    return trained_once("--steps", 1)
 
 
 def test_prompt_and_texts_are_printed(trained, capsys, monkeypatch):
@@ -148,23 +146,18 @@ def test_prompt_and_texts_are_printed(trained, capsys, monkeypatch):
     assert capsys.readouterr().out == first + "\n"
 
 
-def test_it_streams(trained):
-    command = [sys.executable, "-m", "tools.sample", trained, "--tokens", "100000000", "--top_k", "200"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
-        threading.Timer(60, process.kill).start()  # one that does not stream would never end
+def test_it_streams_and_ctrl_c_and_a_reader_that_goes_away_leave_no_traceback(trained):
+    """As `python -m tools.sample` does it. One that does not stream would write nothing."""
+    code = ("import runpy, sys\ndel sys.modules['tools.sample']\n"
+            "runpy.run_module('tools.sample', run_name='__main__', alter_sys=True)")
+    for stop, code_of_end in (lambda p: p.send_signal(signal.SIGINT), 130), (lambda p: p.stdout.close(), 141):
+        process = Child(code, [trained, "--tokens", "100000000", "--top_k", "200"])
+        timer = threading.Timer(60, process.kill)
+        timer.start()
         assert len(process.stdout.read(300)) == 300 and process.poll() is None
-        process.kill()
-
-
-def test_ctrl_c_and_a_reader_that_goes_away_leave_no_traceback(trained):
-    command = [sys.executable, "-m", "tools.sample", trained, "--tokens", "100000000"]
-    for stop, code in (lambda p: p.send_signal(2), 130), (lambda p: p.stdout.close(), 141):
-        process = subprocess.Popen(  # in the background a shell has SIGINT ignored, and children with it
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        process.stdout.read(50)
         stop(process)
-        assert process.wait(60) == code and process.stderr.read() == b""
+        assert process.wait(60) == code_of_end and process.stderr.read() == ""
+        timer.cancel()
 
 
 def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, monkeypatch):
@@ -182,12 +175,11 @@ def test_a_byte_order_mark_and_a_million_spaces_are_no_trouble(trained, fails, m
             sample.read_prompt("a" + space * 1_000_000, gpt2, 32)
 
 
-def test_a_terminal_without_utf8_shows_what_it_can(trained):
-    command = [sys.executable, "-m", "tools.sample", trained, "--prompt", "é\u263a ", "--tokens", "9"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
-    assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.startswith("é? ".encode("latin-1"))
+def test_a_terminal_without_utf8_shows_what_it_can(trained, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.main([str(trained), "--prompt", "\u00e9\u263a ", "--tokens", "9"])
+    assert terminal.buffer.getvalue().startswith("\u00e9? ".encode("latin-1"))
 
 
 def test_misuse_is_one_message(trained, fails, monkeypatch):

@@ -2,9 +2,6 @@
 what they should be. tests/compare_lm_eval.py runs the harness itself."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, SHARED
+from launch import finished, ranks_of
 from lib.cli import UserError
 from lib.tasks import Item, read_task
 from model import Llama, LlamaConfig
@@ -179,8 +177,8 @@ def test_an_ending_that_the_model_can_not_read_names_its_item():
 
 # ----------------------------------------------- The command ------------------------------------------------
 
-def test_scores_items_and_limits(run, tmp_path, capsys):
-    out, scores, items = run("--steps", 1, *LONG), tmp_path / "scores.json", tmp_path / "items.jsonl"
+def test_scores_items_and_limits(trained_once, tmp_path, capsys):
+    out, scores, items = trained_once("--steps", 1, *LONG), tmp_path / "scores.json", tmp_path / "items.jsonl"
     capsys.readouterr()
     evaluation.main([str(out), "--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED), "--limit", "9",
                      "--json", str(scores), "--items", str(items), "--dtype", "bfloat16", "--device", "cpu"])
@@ -206,8 +204,9 @@ def test_every_method_s_checkpoint_is_scored_and_sampled(run, tmp_path, capsys, 
     assert capsys.readouterr().out
 
 
-def test_two_ranks_find_what_one_finds(run, tmp_path):
-    out, flags = run("--steps", 1, *LONG), ["--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED)]
+def test_two_ranks_find_what_one_finds(trained_once, tmp_path):
+    out = trained_once("--steps", 1, *LONG)
+    flags = ["--tasks", "perplexity,hellaswag", "--eval_dir", str(MARKED)]
     found = []
     for ranks in 1, 2:
         scores, items = tmp_path / f"{ranks}.json", tmp_path / f"{ranks}.jsonl"
@@ -215,8 +214,7 @@ def test_two_ranks_find_what_one_finds(run, tmp_path):
         if ranks == 1:
             evaluation.main(argv)
         else:
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                            "--nproc_per_node=2", ROOT / "eval.py", *argv], check=True, capture_output=True)
+            finished(ranks_of(2, "import sys, eval\neval.main(sys.argv[1:])", argv))
         found.append((json.loads(scores.read_text()), items.read_text()))
     (one, items), (two, same) = found
     speed = "hellaswag_items_per_second"

@@ -15,7 +15,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
-from launch import FLOAT64, torchrun
+from launch import FLOAT64, train_on
 from lib.methods import Muon, assert_assigned, flops_per_token, split_parameters
 from model import Llama, LlamaConfig
 from spectron import Spectron
@@ -162,15 +162,16 @@ def test_two_ranks_equal_one_process_and_each_other(run, float64, corpus, tmp_pa
 kept, assigned = [], train.assert_assigned
 train.assert_assigned = lambda model, optimizers: (kept.append(model), assigned(model, optimizers))
 """
-    done = torchrun(tmp_path, 2, [*flags, "--batch_size", 2, "--out", tmp_path / "two"], before, after="""
+    flags += ["--batch_size", 2, "--out", tmp_path / "two"]
+    said, warned = train_on(tmp_path, 2, flags, before, after="""
 import os, torch
 torch.save(kept[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
 tasks = "/proc/self/task"
 names = [open(f"{tasks}/{task}/comm").read() for task in os.listdir(tasks)] if os.path.isdir(tasks) else []
 assert not any("gloo" in name for name in names), names
 """)
-    assert "Warning" not in done.stderr
-    assert "2 sequences x 32 tokens x 2 rank(s) x 2 micro-step(s) = 256 tokens a step" in done.stdout
+    assert "Warning" not in warned
+    assert "2 sequences x 32 tokens x 2 rank(s) x 2 micro-step(s) = 256 tokens a step" in said
     assert weights(tmp_path / "one")["head.weight"].dtype == torch.float64
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-9
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
@@ -181,8 +182,8 @@ assert not any("gloo" in name for name in names), names
     assert all(torch.equal(zero[name], one[name]) for name in zero)
 
 
-def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(run, corpus):
-    out = run("--steps", 3, "--eval_every", 3)
+def test_validation_is_on_the_validation_text_and_independent_of_the_batch_size(trained_once, corpus):
+    out = trained_once("--steps", 3)
     model, tokenizer, config = evaluation.load_run(out)
     val = data.open_split(corpus, "val", 32, "bytes")
     lengths = data.token_bytes(tokenizer)
@@ -299,8 +300,8 @@ def test_resume_takes_data_that_has_moved_and_refuses_other_data(run, fails, cor
     fails(evaluation.main, [out, "--data", tmp_path / "d"], "made with tokenizer 'gpt2'", "'bytes'")
 
 
-def test_eval_reads_validation_shards_alone(run, corpus, tmp_path):
-    out = run("--steps", 1)
+def test_eval_reads_validation_shards_alone(trained_once, corpus, tmp_path):
+    out = trained_once("--steps", 1)
     (tmp_path / "val").mkdir()
     for name in "val_000000.bin", "meta.json":
         (tmp_path / "val" / name).symlink_to(corpus / name)
@@ -316,11 +317,12 @@ def test_an_environment_left_over_from_elsewhere_changes_nothing(run, monkeypatc
 
 
 def test_a_run_survives_a_foreign_plot_backend_and_a_terminal_without_utf8(corpus, tmp_path):
-    """As a notebook's child or a Latin-1 terminal starts it; and no run begins with a warning."""
+    """As a notebook's child or a Latin-1 terminal starts it, and with a method whose file imports train.py;
+    and no run begins with a warning."""
     out = tmp_path / "r\u00fcn"
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *TINY, "--data", corpus, "--steps", "2", "--out", out], text=True,
-        capture_output=True, encoding="latin-1", env={
+        [sys.executable, ROOT / "train.py", *TINY, "--data", corpus, "--steps", "2", "--out", out,
+         "--method", "equilibrated"], text=True, capture_output=True, encoding="latin-1", env={
             **os.environ, "MPLBACKEND": "module://not_here", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
             "LC_ALL": "C", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -363,8 +365,8 @@ def test_a_damaged_checkpoint_is_refused(run, fails):
     (sample.main, ["--top_k", "0"], ["--top_k", "at least 1"]),
     (plot.main, ["-o", "fig.xyz"], ["fig.xyz", ".png"]),
     (plot.main, ["-o", "no/such/fig.png"], ["no/such/fig.png"])])
-def test_misuse_of_the_other_commands_gets_one_message(run, fails, main, flags, fragments):
-    fails(main, [run("--steps", 1), *flags], *fragments)
+def test_misuse_of_the_other_commands_gets_one_message(trained_once, fails, main, flags, fragments):
+    fails(main, [trained_once("--steps", 1), *flags], *fragments)
 
 
 def test_out_that_can_not_be_made_is_one_message(fails, corpus, tmp_path):
@@ -455,8 +457,8 @@ def test_a_dry_run_trains_nothing(capsys, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_eval_repeats_the_score_of_the_run(run, capsys, tmp_path):
-    out = run("--steps", 3)
+def test_eval_repeats_the_score_of_the_run(trained_once, capsys, tmp_path):
+    out = trained_once("--steps", 3)
     capsys.readouterr()
     evaluation.main([str(out), "--json", str(tmp_path / "scores.json"), "--device", "cpu"])
     scores = json.loads((tmp_path / "scores.json").read_text())
