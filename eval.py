@@ -49,10 +49,9 @@ def validate(model, split: Split, eval_tokens: int, batch_size: int, dtype: str,
              progress=None) -> dict:
     """Mean loss over the first eval_tokens tokens of the validation shards, and what follows from it.
 
-    The windows are shared out among the ranks and the sums reduced, so neither the batch size nor the number
-    of ranks matters. The softmax leaves out the padding of the vocabulary. byte_lengths (n_vocab,) from
-    data.token_bytes gives bits_per_byte. Returns val_loss in nats per token, perplexity, bits_per_byte and
-    val_tokens; None where not finite or not known.
+    The ranks share the windows, and neither their number nor the batch size matters. The softmax leaves out
+    the padding of the vocabulary. byte_lengths (n_vocab,) from data.token_bytes gives bits_per_byte. Returns
+    val_loss in nats per token, perplexity, bits_per_byte and val_tokens; None if not finite or not known.
     """
     device, (rank, ranks) = next(model.parameters()).device, my_rank()
     windows = max(1, min(split.windows, eval_tokens // split.seq_len))
@@ -131,6 +130,11 @@ def rows_of(items: list[Item], tokenizer, seq_len: int) -> list[tuple[list[int],
     return rows
 
 
+def is_cut(item: Item, tokenizer, seq_len: int) -> bool:  # Does its context lose its beginning?
+    return any(len(context) + len(ending) > seq_len + 1 for context, ending in (
+        encode_pair(tokenizer, item.context, f" {text}") for text in item.choices))
+
+
 def batches_of(rows, budget: int) -> list[list[int]]:
     """Indices of the rows, the longest first, as many to a batch as pad to `budget` tokens, or one."""
     batches, room = [], 0
@@ -192,7 +196,9 @@ def evaluate(model, task: str, items: list[Item], tokenizer, dtype: str, progres
         scores[f"{task}_{name}"] = statistics.fmean(right)
         scores[f"{task}_{name}_stderr"] = (statistics.stdev(right) / len(right)**0.5 if len(right) > 1
                                            else None)
-    return {**scores, f"{task}_items": len(items), f"{task}_items_per_second": round(speed, 2)}, records
+    cut = sum(is_cut(item, tokenizer, model.config.seq_len) for item in items)
+    return {**scores, f"{task}_items": len(items), f"{task}_items_cut": cut,
+            f"{task}_items_per_second": round(speed, 2)}, records
 
 
 # ----------------------------------------------- The command ------------------------------------------------

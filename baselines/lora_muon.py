@@ -52,4 +52,5 @@ def method() -> Method:
         pairs, dense, others = split_parameters(model)
         return [LoRAMuon(pairs, c.lr, c.momentum, c.nesterov, c.ns_steps),
                 *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
-    return Method(optimizers, 0.05, 0.2, LOW_RANK_FLAGS + MUON_FLAGS + ("muon_lr",))
+    return Method(optimizers, 0.05, 0.2, LOW_RANK_FLAGS + MUON_FLAGS + ("muon_lr",),
+                  ignores=("weight_decay",))

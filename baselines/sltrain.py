@@ -55,7 +55,7 @@ def build_optimizers(model: nn.Module, c) -> list:
     pairs, dense, others = split_parameters(model)
     values = [layer.values for layer in model.modules() if isinstance(layer, SLTrainLinear)]
     taken = {id(p) for p in values}
-    return [adamw([p for pair in pairs for p in pair] + dense + values, c.lr, c),
+    return [adamw([p for pair in pairs for p in pair] + dense + values, c.lr, c, entries=values),
             adamw([p for p in others if id(p) not in taken], c.adam_lr, c)]
 
 

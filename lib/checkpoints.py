@@ -127,7 +127,7 @@ def load_checkpoint(path) -> dict:
 
 
 def instead_of(path: Path) -> str:
-    """What to do where this checkpoint is absent."""
+    """What to type if this checkpoint is absent."""
     older = older_checkpoint(path)
     if older:
         return older
@@ -137,8 +137,10 @@ def instead_of(path: Path) -> str:
 
 
 def older_checkpoint(path: Path) -> str:
-    """What to type where another checkpoint beside this one is whole: train.py keeps ckpt.old.pt, and with
-    --keep_every others."""
+    """What to type if a run's last checkpoint is lost, and another one beside it is whole: train.py keeps
+    ckpt.old.pt, and with --keep_every others. No other file is ever to be written over."""
+    if path.name != "ckpt.pt":
+        return ""
     for older in sorted(path.parent.glob("ckpt*.pt"), key=os.path.getmtime, reverse=True):
         with suppress(Exception):
             if older != path:

@@ -121,7 +121,7 @@ def command(main):
                 raise SystemExit(141) from None
             except (UserError, OSError) as error:
                 # Before the ranks of torchrun have joined, all find the same mistake: rank 0 tells it.
-                if rank_and_ranks()[0] == 0 or torch.distributed.is_initialized():
+                if is_first() or torch.distributed.is_initialized():
                     say(f"error: {error}", to="stderr")
                 raise SystemExit(2) from None
             except RuntimeError as error:
@@ -141,14 +141,26 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 def rank_and_ranks() -> tuple[int, int]:
     """(this process's rank, how many there are) under torchrun; (0, 1) elsewhere. A lone RANK or WORLD_SIZE
-    that some other program left in the environment is ignored."""
+    that some other program left in the environment is ignored. UserError if they contradict each other."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
     if not all(os.environ.get(name) for name in names):
         return 0, 1
     try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except ValueError:
         return 0, 1
+    if not 0 <= rank < ranks:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={ranks} contradict each other: start with torchrun, or "
+                        f"alone after: unset {' '.join(names)}")
+    return rank, ranks
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or one that cannot tell."""
+    try:
+        return rank_and_ranks()[0] == 0
+    except UserError:
+        return True
 
 
 class Progress:

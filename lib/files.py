@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.cli import UserError
@@ -27,7 +27,8 @@ def replacing(path, mode: str = "wb"):
         os.replace(part, path)
         if os.name == "posix":  # so that the new name survives a crash
             directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
+            with suppress(OSError):  # CIFS and some others cannot do this
+                os.fsync(directory)
             os.close(directory)
     except BaseException as error:
         part.unlink(missing_ok=True)
@@ -69,7 +70,8 @@ def new_directory(out: Path, flag: str = "--out"):
     out.parent.mkdir(parents=True, exist_ok=True)
     left = mine.exists()
     if building.exists() and not left:
-        raise UserError(f"{building} stands where {out} is to be made, and was not made here: move it away")
+        raise UserError(f"{out} cannot be made: {building}, which is not ours, is in the way. Name another "
+                        f"with {flag}")
     with lock(mine, wait=True):
         try:
             if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):

@@ -100,6 +100,9 @@ def check(given: dict, c, method, core: dict) -> None:
         typed = f"--no-{flag}" if given[flag] is False else f"--{flag}"
         raise UserError(f"{typed} does not apply to --method {c.method}; it is a flag of --method "
                         + " or ".join(name for name, other in core.items() if flag in other.flags))
+    for flag in method.ignores:
+        if given.get(flag):
+            raise UserError(f"--{flag} does not apply to --method {c.method}, which has none: leave it out")
     if c.compile and not method.compiles:
         raise UserError(f"--compile does not go with --method {c.method}, whose forward pass changes from "
                         "step to step: leave it out")

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -29,6 +30,7 @@ class Method:
     lr: float  # of the block matrices, at the paper's sizes
     nano_lr: float  # the best of results/rivals/nano/table.md
     flags: tuple = ()  # of train.py, that apply to this method and not to all
+    ignores: tuple = ()  # flags that apply to all others
     dense: bool = False  # nn.Linear in place of `linear`
     linear: Callable = FactorizedLinear  # (in_features, out_features, rank) -> a layer with A and B
     before_step: Callable | None = None  # (model, optimizers, c, step) -> True if parameters came or went
@@ -58,10 +60,12 @@ def split_parameters(model: Llama):
     return pairs, dense, [p for p in model.parameters() if id(p) not in taken]
 
 
-def adamw(params, lr, c):
-    """AdamW for these parameters; the gains of the norms are not decayed."""
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=c.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+def adamw(params, lr, c, entries=()):
+    """AdamW for these parameters. Matrices are decayed, and so are `entries` of a matrix that are kept as a
+    vector; the gains of the norms are not."""
+    kept = {id(p) for p in entries}
+    groups = [dict(params=[p for p in params if p.ndim > 1 or id(p) in kept], weight_decay=c.weight_decay),
+              dict(params=[p for p in params if p.ndim < 2 and id(p) not in kept], weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
                              fused=params[0].device.type in ("cpu", "cuda") or None)
 
@@ -95,12 +99,16 @@ def muon(params, lr, c):
 
 def baseline(name: str, args: dict):
     """The Method that the function method() of baselines/NAME.py makes from these arguments."""
-    module = f"baselines.{name.replace('-', '_')}"
+    module, folder = name.replace("-", "_"), Path(__file__).parent.parent / "baselines"
+    there = sorted(path.stem.replace("_", "-") for path in folder.glob("*.py"))
+    if name not in there:
+        raise UserError(f"--method {name}: no such method. There are those of train.py --help, and in "
+                        f"baselines/ {', '.join(there)}. For one of your own make baselines/{module}.py")
     try:
-        return importlib.import_module(module).method(**args)
+        return importlib.import_module(f"baselines.{module}").method(**args)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
-                        f"{module.replace('.', '/')}.py with a function method(), whose arguments are "
+                        f"baselines/{module}.py with a function method(), whose arguments are "
                         "--method_args") from None
 
 

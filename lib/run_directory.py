@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,32 @@ FILES = {"log.jsonl", "ckpt.pt", "ckpt.old.pt", "loss.png"}  # of a run, beside 
 
 
 def check_directory(out: str | None, given: dict) -> None:
-    """UserError if --out names something that is not empty, unless --overwrite replaces it, or --resume auto
-    finds no more than what a run leaves that was killed before its first checkpoint."""
+    """UserError if --out is not empty. Allowed are a run, with --overwrite, and the remains of a run that was
+    killed before its first checkpoint, with --resume auto."""
     path = Path(out or "out")
-    allowed = {"lock"}
+    if not path.exists() or path.is_dir() and out is None:
+        return
+    if not path.is_dir():
+        raise UserError(f"--out {path} exists and is a file: name a directory")
+    allowed = {"lock", *(f"{name}.part" for name in FILES)}
     if given.get("resume") == "auto":
         allowed |= FILES - {"ckpt.old.pt"}
-    looked_at = path.is_dir() and out and "overwrite" not in given
-    found = {file.name.removesuffix(".part") for file in path.iterdir()} if looked_at else set()
-    if path.exists() and not path.is_dir() or found - allowed:
+    found = {file.name for file in path.iterdir()} - allowed
+    if found and not is_run(path):
+        raise UserError(f"--out {path} exists, and is no run of train.py: it has "
+                        f"{', '.join(sorted(found)[:3])}. Name another")
+    if found and "overwrite" not in given:
         raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; or "
                         "name another")
+
+
+def is_run(path: Path) -> bool:
+    """Whether the log in this directory is one of ours."""
+    with suppress(OSError, ValueError, RecursionError):
+        with open(path / "log.jsonl", encoding="utf-8") as log:
+            header = json.loads(log.readline())
+        return isinstance(header, dict) and {"argv", "config"} <= header.keys()
+    return False
 
 
 @contextmanager
@@ -78,10 +94,12 @@ def cut_log(path: Path, step: int) -> None:
         try:
             if json.loads(row).get("step", 0) <= step and row.endswith("\n"):
                 kept.append(row)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError, RecursionError):
             if number < len(rows):
-                raise UserError(f"{path}, line {number}, is damaged; the checkpoint is whole. Move the log "
-                                "away and resume again: the new one begins with the next step") from None
+                run, new = (shlex.quote(str(x)) for x in (path.parent, f"{path.parent}-resumed"))
+                raise UserError(f"{path}, line {number}, is damaged; the checkpoint is whole. Go on from it "
+                                f"elsewhere: mkdir {new} && cp {run}/ckpt.pt {new} && "
+                                f"python train.py --resume --out {new}") from None
     with replacing(path, "w") as file:
         file.writelines(kept)
 

@@ -19,7 +19,7 @@ from unittest import mock
 from conftest import ROOT, TINY
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)\n"
-SHORT_END = "from tools import report\nreport.end_of_run = lambda *args: None\n"
+SHORT_END = "from tools import report\nreport.Journal.end = lambda *args: None\n"
 CONTEXT = multiprocessing.get_context("forkserver")
 
 

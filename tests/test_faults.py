@@ -128,7 +128,7 @@ def test_a_directory_of_another_is_not_taken_for_a_corpus_half_built(tmp_path, f
     (tmp_path / "d.building").mkdir()
     (tmp_path / "d.building" / "novel").write_text("the only copy")
     fails(prepare.main, ["text", tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "d"],
-          "d.building", "move it away")
+          "d.building", "is in the way")
     assert (tmp_path / "d.building" / "novel").read_text() == "the only copy"
 
 
