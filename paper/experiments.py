@@ -1,9 +1,8 @@
 """The experiments: which arms a table or figure of the paper compares, and what came of them here."""
 
-import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +12,14 @@ import torch
 
 import train
 from model import ALIASES, Llama, LlamaConfig
-from paper import draw, runs
+from paper import draw
 from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, RIVALS, TRANSFERRED
-from paper.runs import Run, Scale, best_of, final_loss, log_of, tried
+from paper.output import read_json
+from paper.runs import Run, Scale, best_of, log_of, scores_of, timed_seconds, tried
 from tools import plan
-from tools.plot import read_log
 
-PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
+PAPER = read_json(Path(__file__).with_name("paper.json"))  # low-rank sizes of Table 5, otherwise perplexities
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
-ABLATED = "S", ALIASES["S"]  # Tables 2 and 3 are of this size alone
 
 
 # ------------------------------------------ What the runs came to -------------------------------------------
@@ -34,6 +32,9 @@ class Outcome:
     lr: float | None  # the best
     by_seed: dict  # seed -> validation loss at that lr, None where it diverged
     logs: list  # of the seeds at that lr
+    scores: dict = field(default_factory=dict)  # what eval.py said of the first seed; nothing at nano
+    paper: float | None = None  # the paper's perplexity
+    seconds: float | None = None  # of a step, as paper.seconds timed it
 
     @property
     def label(self) -> str:
@@ -45,16 +46,16 @@ class Outcome:
 
     @property
     def steps(self) -> int | None:
-        return read_log(self.logs[0])[0]["config"]["steps"] if self.logs else None
+        return self.logs[0].config["steps"] if self.logs else None
 
     @property
     def flops(self) -> float | None:
-        return read_log(self.logs[0])[1][-1].get("flops") if self.logs else None
+        return self.logs[0].steps[-1].get("flops") if self.logs else None
 
     @cached_property
     def memory(self) -> dict:
         """Bytes of weights, gradients and optimizer state, and how many parameters are trained."""
-        c = SimpleNamespace(**read_log(self.logs[0])[0]["config"])
+        c = SimpleNamespace(**self.logs[0].config)
         with torch.device("meta"):
             model = Llama(LlamaConfig(**c.model), train.find_method(c.method, c.method_args).linear)
         return plan.memory(c, model) | {"parameters": sum(p.numel() for p in model.parameters())}
@@ -62,12 +63,6 @@ class Outcome:
     @property
     def training_memory(self) -> int:
         return sum(self.memory[key] for key in ("weights", "gradients", "optimizer"))
-
-    @property
-    def scores(self) -> dict:
-        """What eval.py said of the first seed; nothing at nano."""
-        path = self.logs[0].with_suffix(".scores.json") if self.logs else None
-        return json.loads(path.read_text("utf-8")) if path and path.is_file() else {}
 
     @property
     def mean(self) -> float:
@@ -98,9 +93,10 @@ class Outcome:
 def outcome(name: str, scale: Scale, few: bool = False) -> Outcome:
     grid, _ = tried(name, scale, few)
     lr = best_of(grid)
-    logs = {seed: log_of(Run(name, lr, seed), scale) for seed in range(scale.seeds)} if lr else {}
-    logs = {seed: log for seed, log in logs.items() if log.is_file()}
-    return Outcome(name, grid, lr, {seed: final_loss(log) for seed, log in logs.items()}, list(logs.values()))
+    found = {seed: log for seed in range(scale.seeds) if lr and (log := log_of(Run(name, lr, seed), scale))}
+    scores = read_json(scores_of(Run(name, lr or 0), scale)) or {}
+    by_seed = {seed: log.final_loss for seed, log in found.items()}
+    return Outcome(name, grid, lr, by_seed, [*found.values()], scores)
 
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
@@ -142,34 +138,15 @@ class Experiment:
     """A table or figure of the paper. `arms` are in the paper's order, the best first."""
     title: str
     arms: tuple
-    figure: Callable  # (outcomes, paper's perplexities, scale) -> matplotlib figure
+    figure: Callable  # (outcomes, scale) -> matplotlib figure
     message: str  # what the committed figure at nano shows
     note: str  # what differs from the paper
-    paper: Callable = lambda size: {}  # the paper's perplexities at this size, by arm
     few: bool = False  # three learning rates for each arm
     single: tuple | None = ()  # arms that need no more than one seed; None: all
     tasks: bool = False  # task columns, above nano
     pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
     norms: bool = False  # it is about norms over training
     memory: bool = False  # columns of what each arm costs
-
-
-def paper_table1(size: str) -> dict:
-    row = PAPER["table1"].get({full: short for short, full in ALIASES.items()}.get(size, size), {})
-    return {arm: values[0] for arm, values in row.items()}
-
-
-def paper_table2(size: str) -> dict:
-    names = {(True, True): "spectron", (True, False): "orthogonalize", (False, True): "renormalize",
-             (False, False): "neither"}
-    return {names[row["orthogonalize"], row["renormalize"]]: row["perplexity"]
-            for row in PAPER["table2_ablation_S"] if size in ABLATED}
-
-
-def paper_table3(size: str) -> dict:
-    names = {0.25: "spectron", 0.4: "rank-0.4", 0.125: "rank-0.125"}
-    return {names[row["rank_ratio"]]: row["perplexity"]
-            for row in PAPER["table3_rank_ratio_S"] if size in ABLATED}
 
 
 def ladder(scale: Scale) -> tuple:
@@ -186,16 +163,16 @@ EXPERIMENTS = {
         draw.curves_and_gaps,
         "Without orthogonalization the loss is far worse; with it, renormalization does not lower it",
         "The paper leaves open the direction of a momentum that is not orthogonalized. Here it is divided by "
-        "its spectral norm.", paper_table2),
+        "its spectral norm."),
     "table1": Experiment(
         "Table 1 with Figures 4 and 14a: three ways to train factors", ("spectron", "self-guided", "adamw"),
         draw.curves_and_gaps, "Spectron ends far below self-guided training and AdamW", ONE_SCHEDULE,
-        paper_table1, tasks=True),
+        tasks=True),
     "table3": Experiment(
         "Table 3 and Figure 11: the rank ratio, 0.25 where not said", ("rank-0.4", "spectron", "rank-0.125"),
         draw.curves_and_gaps,
         "A rank ratio of 0.125 ends far above 0.25; 0.4 ends below it, by less than the interval",
-        "At 0.4 the down projection has more parameters than if it were dense.", paper_table3, few=True),
+        "At 0.4 the down projection has more parameters than if it were dense.", few=True),
     "fig12": Experiment(
         "Figure 12: final loss over the learning rate",
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
@@ -296,7 +273,12 @@ def single_of(name: str, scale: Scale) -> tuple:
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
-    """Where one seed is enough for all arms, the others that some have are left out."""
+    """Where one seed is enough for all arms, the others that some have are left out. At nano the paper's
+    perplexities are those of its smallest main model."""
     if EXPERIMENTS[name].single is None:
         scale = replace(scale, seeds=1)
-    return [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]
+    size = "134M" if scale.size == "nano" else ALIASES.get(scale.size, scale.size)
+    found = [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]
+    for o in found:
+        o.paper, o.seconds = PAPER.get(name, {}).get(size, {}).get(o.arm), timed_seconds(o.arm, scale)
+    return found

@@ -7,7 +7,6 @@ The runs are those of the comparison, at each method's best learning rate and wi
 multiplied out for every method that has one; CoLA, whose layers are not linear, has activations only.
 """
 
-import json
 import math
 from dataclasses import replace
 from itertools import combinations
@@ -19,16 +18,15 @@ from torch.func import functional_call
 
 from data import open_split
 from lib.cli import Parser, UserError, command
-from lib.files import replacing
 from lib.checkpoints import load_checkpoint, load_model
 from lib.ranks import choose_device
 from lib.methods import block_matrices
 from model import Llama, LlamaConfig
-from paper import draw, metrics, runs
+from paper import draw, logs, metrics, runs
 from paper.arms import ARMS
 from paper.experiments import outcome
+from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import OUT, RESULTS, Run
-from paper.tables import markdown
 
 WHERE = RESULTS / "geometry"
 ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
@@ -189,16 +187,12 @@ def make() -> None:
     wanted = [Run(arm, lr_of(arm), seed) for seed in range(SEEDS) for arm in ARMS_HERE]
     runs.make_all(wanted, SCALE)
     for run in wanted:
-        path = WHERE / "values" / f"{run.name}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if run.name not in logs.read(WHERE / "values.jsonl"):
             found = [measure(run, step) for step in range(KEPT, STEPS + 1, KEPT)]
-            with replacing(path, "w") as file:
-                json.dump(found, file)
+            logs.add(WHERE / "values.jsonl", run.name, found)
             print(run.name, flush=True)
     if not (WHERE / "basins.json").is_file():
-        with replacing(WHERE / "basins.json", "w") as file:
-            json.dump(basins(), file)
+        write_json(WHERE / "basins.json", basins())
 
 
 def basins() -> dict:
@@ -216,8 +210,7 @@ def basins() -> dict:
 def values() -> dict:
     """arm -> a list of seeds, each a list of checkpoints."""
     found = {arm: [] for arm in ARMS_HERE}
-    for path in sorted((WHERE / "values").glob("*.json")):
-        seed = json.loads(path.read_text("utf-8"))
+    for seed in logs.read(WHERE / "values.jsonl").values():
         found[seed[0]["arm"]].append(seed)
     return {arm: seeds for arm, seeds in found.items() if seeds}
 
@@ -232,7 +225,7 @@ def cell(seeds: list, key: str) -> str:
 
 def barriers(arms: list) -> str:
     """Each method against each."""
-    between = json.loads((WHERE / "basins.json").read_text("utf-8"))
+    between = read_json(WHERE / "basins.json")
     arms = [arm for arm in arms if any(arm in pair.split() for pair in between)]
     return markdown(["", *(ARMS[arm].label for arm in arms)], [
         [ARMS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
@@ -269,12 +262,11 @@ def report() -> None:
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
                 for arm, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
-        draw.save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
+        save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
                   "method at its best learning rate, mean of the seeds")
     if (WHERE / "basins.json").is_file():
         parts += ["## Barriers between methods, seed 0\n", barriers(list(found))]
-    with replacing(WHERE / "table.md", "w") as file:
-        file.write("\n".join(parts))
+    write(WHERE / "table.md", "\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")
 
 

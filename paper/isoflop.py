@@ -3,7 +3,7 @@
 At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
 more around the best one, each for as many steps as the budget pays for and with a schedule of that length.
 A budget is of executed FLOPs. The paper's 6 N D leaves out what attention does beside its matrices, 10% to
-21% of the dense models here and 12% to 31% of the low-rank ones. paper.scaling has the fits.
+21% of the dense models here and 12% to 31% of the low-rank ones. paper.laws has the fits.
 """
 
 import math
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
-from paper import runs, scaling
+from paper import laws, logs, runs
 from paper.arms import ARMS, Arm
-from paper.runs import Run, Scale, final_loss, log_of
-from paper.scaling import Law, Points
-from paper.tables import markdown
-from tools.plot import read_log
+from paper.laws import Law, Points
+from paper.output import markdown
+from paper.runs import Run, Scale, log_of
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
@@ -62,8 +61,8 @@ def parameters(kind: str, size: str) -> int:
 
 def losses(kind: str, budget: float) -> dict:
     """size -> final loss of seed 0, for the sizes that were run, in order; None where it diverged."""
-    logs = {size: log_of(run(kind, size, budget), LADDER) for size in SIZES_HERE}
-    return {size: final_loss(log) for size, log in logs.items() if log.is_file()}
+    found = {size: log_of(run(kind, size, budget), LADDER) for size in SIZES_HERE}
+    return {size: log.final_loss for size, log in found.items() if log}
 
 
 def best(kind: str, budget: float) -> str:
@@ -116,7 +115,7 @@ def papers_sizes(budget: float) -> list[str]:
 def papers_design() -> Points:
     """The paper's runs under its own law."""
     sizes = [[cost(config_of(size))["total"] for size in papers_sizes(C)] for C in PAPER_BUDGETS]
-    return scaling.design(PAPER_BUDGETS, sizes, Law(**scaling.PAPER))
+    return laws.design(PAPER_BUDGETS, sizes, Law(**laws.PAPER))
 
 
 def config_of(size: str, kind: str = "spectron") -> LlamaConfig:
@@ -133,21 +132,19 @@ def cost(c: LlamaConfig) -> dict:
     return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops}
 
 
-def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
-    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second.
-    count: N with (total) or without (blocks) embedding and head; flops: 6nd or executed."""
+def plan(scale: str, kind: str, rate: float) -> str:
+    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second."""
     nano = scale == "nano"
     batch, rows, spent = LADDER.tokens_per_step if nano else 2**20, [], 0.0
     for i, budget in enumerate(BUDGETS if nano else PAPER_BUDGETS):
         planned = losses(kind, budget) or sizes(kind, i) if nano else papers_sizes(budget)
         for size in sorted(planned, key=list(SIZES).index):
             c = cost(config_of(size, kind))
-            per_token = c["flops"] if flops == "executed" else 6 * c[count]
-            steps = max(1, round(budget / per_token / batch))
+            steps = max(1, round(budget / c["flops"] / batch))
             spent += steps * batch * c["flops"]
-            rows.append([f"{budget:.3g}", size, f"{c[count] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
-                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c[count]:.3g}"])
-    head = ["budget", "size", f"N ({count})", "tokens", "steps", "tokens a step", "tokens per parameter"]
+            rows.append([f"{budget:.3g}", size, f"{c['total'] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
+                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c['total']:.3g}"])
+    head = ["budget", "size", "N", "tokens", "steps", "tokens a step", "tokens per parameter"]
     return (markdown(head, rows) + f"\n{KINDS[kind].label}: {len(rows)} runs, {spent:.2e} executed FLOPs, "
             f"{spent / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second.\n")
 
@@ -156,15 +153,14 @@ def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
 
 def rows_of(kind: str) -> list[dict]:
     """Every run of a kind: what it was, what it cost, and what it ended at (None: it diverged)."""
-    found = []
-    for log in sorted(runs.directory(LADDER).glob(f"{kind}-*.jsonl")):
-        header, records = read_log(log)
-        c, last = header["config"], records[-1]
+    found, pack = [], runs.pack_of(LADDER)
+    for log in [logs.get(pack, name) for name in logs.read(pack) if name.startswith(f"{kind}-")]:
+        c, last = log.config, log.steps[-1]
         counted = cost(config_of(c["size"], kind))
         budget = min(BUDGETS, key=lambda C: abs(math.log(last["flops"] / C)))
         found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"], "seed": c["seed"],
                       "total": counted["total"], "blocks": counted["blocks"], "steps": c["steps"],
-                      "tokens": last["tokens"], "executed": last["flops"], "loss": final_loss(log),
+                      "tokens": last["tokens"], "executed": last["flops"], "loss": log.final_loss,
                       "seconds": last["seconds"]})
     return found
 
@@ -194,7 +190,7 @@ def noise(rows: list[dict]) -> float:
 
 def lowest(points: Points, budgets) -> np.ndarray:
     """The loss at the minimum of each budget's parabola; nan where it has none inside its grid."""
-    found = {p.C: p.L for p in scaling.profiles(points, budgets) if p.inside}
+    found = {p.C: p.L for p in laws.profiles(points, budgets) if p.inside}
     return np.array([found.get(C, np.nan) for C in budgets])
 
 

@@ -4,17 +4,16 @@
     python -m paper.seconds --scale S      S on a GPU
 """
 
-import json
 from statistics import median
 
 from lib.cli import Parser, command
-from lib.files import replacing
 from model import SIZES
 from paper import runs
 from paper.arms import ARMS
 from paper.experiments import EXPERIMENTS
-from tools import machine
 from paper.bench import Trainer, in_turn
+from paper.output import write_json
+from tools import machine
 
 ROUNDS = 9
 
@@ -41,11 +40,9 @@ def main(argv=None):
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE", help="(nano)")
     scale = runs.scale_of(parser.parse_args(argv).scale)
     path = runs.RESULTS / "seconds" / f"{scale.size}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = {"command": f"python -m paper.seconds --scale {scale.size}", **machine.provenance(),
              "tokens_per_step": scale.tokens_per_step, "seconds": measure(scale)}
-    with replacing(path, "w") as file:
-        json.dump(found, file, indent=1)
+    write_json(path, found)
     print(f"{path}: " + ", ".join(f"{name} {x:g}" for name, x in found["seconds"].items()))
 
 
