@@ -35,44 +35,27 @@ def unit(found) -> str:
     return plot.unit([log.config for o in found for log in o.logs[:1]])
 
 
-def panels(count: int, width: float = 9.5, height: float = 4.2, **more):
+def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, **more):
     fig = new_figure(width, height)
-    axes = fig.subplots(1, count, squeeze=False, **more)
-    for ax in axes[0]:
+    axes = list(fig.subplots(rows, count // rows, squeeze=False, **more).flat)
+    for ax in axes:
         ax.grid(alpha=0.25)
-    return fig, axes[0]
-
-
-def legend_below(fig, *axes, columns: int = 3) -> None:
-    """One legend for all axes, each label once."""
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-
-
-# ------------------------------------------- Losses over training -------------------------------------------
-
-def validation(log, x: str) -> list[tuple]:
-    """The validation losses of a log, without the last, which is over more tokens than the others."""
-    return log.points("val_loss", x)[:-1]
-
-
-def validation_label(found) -> str:
-    tokens = next((log.config["eval_tokens"] for o in found for log in o.logs), 0)
-    return f"validation loss, first {tokens:,} tokens\n({unit(found)})"
+    return fig, axes
 
 
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
     """The validation loss of an arm over x in units of `each`: the mean over its seeds, and all of them as a
     band."""
-    logs = [validation(log, x) for log in o.logs]
+    logs = [log.points("val_loss", x)[:-1] for log in o.logs]  # the last is over more tokens than the others
     if not logs:
         return
     xs, (low, mean, high) = [each * p[0] for p in logs[0]], zip(*(
         (min(column), sum(column) / len(column), max(column))
         for column in zip(*([y for _, y in log] for log in logs))))
-    style = look(o.arm)
+    style, tokens = look(o.arm), o.logs[0].config["eval_tokens"]
     ax.plot(xs, mean, label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
     ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
+    ax.set_ylabel(f"validation loss, first {tokens:,} tokens\n({unit([o])})")
 
 
 def curves_and_gaps(found, scale):
@@ -80,34 +63,27 @@ def curves_and_gaps(found, scale):
     fig, (left, right) = panels(2, 10.5, width_ratios=[1.4, 1])
     for o in found:
         curve(left, o)
-    left.set(xlabel="step", ylabel=validation_label(found))
-    losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step")]
+    left.set(xlabel="step")
+    losses = [loss for o in found for log in o.logs[:1] for _, loss in log.points("val_loss")[:-1]]
     if losses:
         left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
-    gaps(right, found, {} if scale.nano else {o.arm: o.paper for o in found if o.paper})
-    legend_below(fig, left, columns=4)
+    gaps(right, found)
     return fig
 
 
-def gaps(ax, found, paper: dict) -> None:
-    """How much higher each arm ends than the lowest, in percent, on a plain axis; the paper's dashed, where
-    they are of the same size."""
-    least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
+def gaps(ax, found) -> None:
+    """How much higher each arm ends than the lowest, in percent, on a plain axis."""
+    least = min(o.mean for o in found)
     for row, o in enumerate(found):
         style = look(o.arm)
         if o.losses:
             ax.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, color=style["color"],
                         marker=style["marker"], capsize=3, ms=6)
-        if o.arm in paper:
-            ax.plot([100 * (math.log(paper[o.arm]) / paper_least - 1)] * 2, [row - 0.35, row + 0.35], "--",
-                    color="0.3", lw=1.4, label="the paper" if row == 0 else None)
     names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
     ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
            xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
     left, right = ax.get_xlim()
     ax.set_xlim(min(-1.0, left), right + 0.04 * (right - left))
-    if paper:
-        ax.legend(frameon=False, fontsize=9, loc="upper right")
 
 
 def figure5(found, scale):
@@ -117,13 +93,10 @@ def figure5(found, scale):
         curve(left, o, "flops")
     for o in (low, by_time):
         curve(right, o, "step", seconds_per_step(o.arm, scale))
-    left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
-    right.set(xlabel="seconds of training (as paper.seconds timed the steps)")
-    legend_below(fig, left, right)
+    left.set(xlabel="training FLOPs (executed)")
+    right.set(xlabel="seconds of training (as paper.bench timed the steps)", ylabel="")
     return fig
 
-
-# ------------------------------------------ Losses over something -------------------------------------------
 
 def loss_over_lr(found, scale):
     """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
@@ -149,7 +122,6 @@ def loss_over_lr(found, scale):
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
     name_lrs(ax, {lr for o in found for lr in o.grid})
-    legend_below(fig, ax)
     return fig
 
 
@@ -190,7 +162,6 @@ def transfer(found, scale):
         ax.set(xscale="log", xlabel=f"learning rate of {ARMS[method].label}", ylim=(-0.02, 0.5))
         name_lrs(ax, {lr for arm in arms for lr in by_name[arm].grid})
     axes[0].set_ylabel(f"final loss above the curve's best\n({unit(found)})")
-    legend_below(fig, *axes)
     return fig
 
 
@@ -205,7 +176,6 @@ def loss_over_adam_lr(found, scale):
         ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
     ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
            ylabel=f"final validation loss ({unit(found)})")
-    legend_below(fig, ax)
     return fig
 
 
@@ -215,12 +185,11 @@ def loss_over_memory(found, scale):
     for o in found:
         if o.losses:
             style = look(o.arm) | {"ls": ""}
-            ax.errorbar(o.training_memory / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
+            ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
                         **style)
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
     name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
-    legend_below(fig, ax, columns=4)
     return fig
 
 
@@ -248,7 +217,6 @@ def figure6(found, scale):
            ylabel=f"perplexity per {unit(found).split()[-1]}")
     name_ticks(ax.xaxis, [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
                           if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
-    legend_below(fig, ax)
     return fig
 
 
@@ -258,32 +226,29 @@ def figure7(found, scale):
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
         over_parameters(ax, found, scale, lambda o: 100 * o.scores[f"{task}_acc_norm"])
         ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
-    legend_below(fig, axes[0])
     return fig
 
 
-# ------------------------------------------- Norms over training --------------------------------------------
-
-def norm_curve(ax, o, key: str) -> None:
-    """Without the last step, whose learning rate is nearly zero."""
-    xs, ys = zip(*[(x, y) for x, y in o.logs[0].points(key)[:-1] if y > 0])
-    style = look(o.arm)
-    ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
-    ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
-
-
-def matrix_of(o) -> str:
-    return o.logs[0].config["spectra_of"]
+def norm_curves(ax, found, key: str) -> None:
+    """Without the last step, whose learning rate is nearly zero; beside dW the learning rate of Spectron."""
+    for o in found:
+        xs, ys = zip(*[(x, y) for x, y in o.logs[0].points(key)[:-1] if y > 0])
+        style = look(o.arm)
+        ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
+        ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
+    if key == "dW" and found[0].arm == "spectron":
+        ax.plot(*zip(*found[0].logs[0].points("lr")[:-1]), color=BLUE, lw=1.2, ls="--",
+                label="Spectron's learning rate, its bound")
 
 
 def figure2(found, scale):
     """Left, the norm of W's step; right, low-rank over dense, each at its best lr and both at the low-rank
     one's, and the paper's 10 to 30."""
     fig, (left, right) = panels(2)
-    for o in found:
-        norm_curve(left, o, "dW")
-    left.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$ of " + matrix_of(found[0]), yscale="log")
+    norm_curves(left, found, "dW")
     low, dense = found
+    matrix = low.logs[0].config["spectra_of"]
+    left.set(xlabel="step", ylabel=rf"$\|\Delta W\|_2$ of {matrix}", yscale="log")
     for log, label, line in ((dense.logs[0], "ratio, each at its best learning rate", "-"),
                              (log_of(Run(dense.arm, low.lr), scale), f"ratio, both at {low.lr:g}", ":")):
         if log:
@@ -294,7 +259,6 @@ def figure2(found, scale):
                    va="bottom", fontsize=9, color="0.3")
     right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, low-rank over dense", yscale="log")
     name_ticks(right.yaxis, [0.5, 1, 2, 5, 10, 30])
-    legend_below(fig, left, right, columns=2)
     return fig
 
 
@@ -309,24 +273,18 @@ def figure3(found, scale):
     fig, axes = panels(3, 11.5)
     labels = {"dW": r"$\|\Delta W\|_2$", "dy": r"$|\Delta y|_{rms}$ on a fixed probe", "W": r"$\|W\|_2$"}
     for ax, (key, label) in zip(axes, labels.items()):
-        for o in found:
-            norm_curve(ax, o, key)
+        norm_curves(ax, found, key)
         ax.set(xlabel="step", ylabel=label, yscale="linear" if key == "W" else "log")
-        ax.text(0.98, 0.02, matrix_of(found[0]), transform=ax.transAxes, ha="right", fontsize=8, color="0.35")
-    axes[0].plot(*zip(*found[0].logs[0].points("lr")[:-1]), color=BLUE, lw=1.2, ls="--",
-                 label="Spectron's learning rate, its bound")
-    legend_below(fig, axes[0], columns=4)
+        ax.text(0.98, 0.02, found[0].logs[0].config["spectra_of"], transform=ax.transAxes, ha="right",
+                fontsize=8, color="0.35")
     return fig
 
 
 def readme_figure(found) -> None:
     """||dW||_2 of three ways to update the same factors, and the bound that one of them has."""
     fig, (ax,) = panels(1, 8, 4.4)
-    for o in found:
-        norm_curve(ax, o, "dW")
-    ax.plot(*zip(*found[0].logs[0].points("lr")[:-1]), color=BLUE, lw=1.5, ls="--",
-            label="Spectron's learning rate: its bound")
+    norm_curves(ax, found, "dW")
     ax.set(xlabel="step", ylabel=r"spectral norm of a step of $W = AB^T$", yscale="log")
-    legend_below(fig, ax, columns=2)
-    save(fig, RESULTS / "readme.png", "Spectron's step of W stays under its learning rate, which is its bound",
-         f"size nano, {matrix_of(found[0])}, each at its best learning rate")
+    save(fig, RESULTS / "readme.png",
+         "Spectron's step of W stays under its learning rate, which is its bound",
+         f"size nano, {found[0].logs[0].config['spectra_of']}, each at its best learning rate")

@@ -1,5 +1,5 @@
-"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike, what else was tried, and
-how even the rows of an orthogonalized momentum are, by kind of matrix and by step.
+"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike, what else was tried,
+and how even the rows of an orthogonalized momentum are, by kind of matrix and by step.
 
     python -m paper.equilibrated               all of results/equilibrated, from the logs that are there
     python -m paper.equilibrated --again       with rows.json made again, by training nano for 200 steps
@@ -19,28 +19,17 @@ from lib.methods import block_matrices
 from paper import draw, logs, runs
 from paper.experiments import Outcome, gap, outcomes_of
 from paper.output import markdown, read_json, save, write, write_json
-from paper.runs import RESULTS, Scale, best_of
+from paper.runs import RESULTS, best_of
 from paper.tables import prepare, report
 from spectron import newton_schulz
 
 WHERE = RESULTS / "equilibrated"
 HALF = {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}
-SETTINGS = [("the offline corpus", {"seeds": 5}), ("half the batch", HALF),
-            ("that, IMDb reviews", HALF | {"data": "data/imdb-bytes"}),
-            ("a width of 384", {"scale": "nano-7.3M"}),
-            ("four times the steps", {"steps": 800, "seeds": 5})]
+SETTINGS = {label: runs.scale_of(**{"scale": "nano"} | given) for label, given in {
+    "the offline corpus": {"seeds": 5}, "half the batch": HALF,
+    "that, IMDb reviews": HALF | {"data": "data/imdb-bytes"}, "a width of 384": {"scale": "nano-7.3M"},
+    "four times the steps": {"steps": 800, "seeds": 5}}.items()}
 GOAL = -0.03  # nats
-
-
-def scales() -> dict[str, Scale]:
-    """By the name of the setting."""
-    return {label: runs.scale_of(**{"scale": "nano"} | given) for label, given in SETTINGS}
-
-
-def pairs() -> dict[str, list[Outcome]]:
-    """(Spectron, equilibrated Spectron) in every setting whose runs are there."""
-    found = {label: outcomes_of("equilibrated", scale) for label, scale in scales().items()}
-    return {label: pair for label, pair in found.items() if all(o.logs for o in pair)}
 
 
 def table(found: dict) -> str:
@@ -49,7 +38,7 @@ def table(found: dict) -> str:
     rows = []
     for label, (plain, even) in found.items():
         difference, interval, seeds = gap(plain, even)
-        scale = scales()[label]
+        scale = SETTINGS[label]
         rows.append([label, f"{scale.steps} x {scale.tokens_per_step:,}", f"{plain.lr:g}", str(plain),
                      f"{even.lr:g}", str(even), f"{difference:+.3f}",
                      "" if interval is None else f"± {interval:.3f}", str(seeds),
@@ -118,34 +107,33 @@ def figure(found: dict):
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
               ylabel="final loss above Spectron's best")
     draw.name_lrs(right, {lr for pair in found.values() for o in pair for lr in o.grid})
-    draw.legend_below(fig, right)
     return fig
 
-
-# --------------------------------------------- How even rows are --------------------------------------------
 
 STEPS, TIMES = (5, 50, 200), {0: "Spectron", 1: "equilibrated", 2: "equilibrated, times=2"}
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_tokens 16384"
 
 
-def momenta(checkpoint: dict) -> dict:
-    """(kind, "A" or "B") -> the momenta of all blocks, (blocks, rows, rank), in float64."""
-    model = load_model(checkpoint, "cpu")
-    assert model.factor_pairs()[0][0] is list(block_matrices(model).values())[0].A
-    states, found = iter(checkpoint["optimizers"][0]["state"].values()), {}
+def rows_of(checkpoint: dict) -> list[dict]:
+    """A record for each kind of matrix, factor and number of times: the lengths of the rows of the
+    orthogonalized momentum over their root mean square, over all blocks."""
+    model, momenta, records = load_model(checkpoint, "cpu"), {}, []
+    states = iter(checkpoint["optimizers"][0]["state"].values())
+    assert model.factor_pairs()[0][0] is list(block_matrices(model).values())[0].A  # the optimizer's order
     for name in block_matrices(model):
         for factor in "AB":
             M = next(states)["momentum_buffer"].double()
-            found.setdefault((name.split(".")[-1], factor), []).append(M)
-    return {key: torch.stack(Ms) for key, Ms in found.items()}
-
-
-def lengths(M: torch.Tensor, times: int) -> torch.Tensor:
-    """The lengths of the rows of newton_schulz, over their root mean square, (blocks, rows)."""
-    O = newton_schulz(equilibrate(M, times, 5) if times else M)
-    rows = torch.linalg.vector_norm(O, dim=-1)
-    return rows / rows.square().mean(-1, keepdim=True).sqrt()
+            momenta.setdefault((name.split(".")[-1], factor), []).append(M)
+    for (kind, factor), Ms in momenta.items():
+        for times in TIMES:
+            M = torch.stack(Ms)  # (blocks, rows, rank)
+            rows = torch.linalg.vector_norm(newton_schulz(equilibrate(M, times, 5) if times else M), dim=-1)
+            rows = rows / rows.square().mean(-1, keepdim=True).sqrt()
+            records.append({"step": checkpoint["step"], "kind": kind, "factor": factor, "times": times,
+                            "min": float(rows.min()), "max": float(rows.max()),
+                            "std": float(rows.std(-1).mean())})
+    return records
 
 
 def balance(checkpoint: dict) -> list[dict]:
@@ -159,17 +147,12 @@ def balance(checkpoint: dict) -> list[dict]:
 
 
 def measure(out: Path) -> list[dict]:
-    """A record for each step, kind, factor and number of times; and the balance at the end."""
+    """The rows after some steps of a run, and the balance at its end."""
     records = []
     for step in STEPS:
         flags = f"{TRAIN} --stop_at {step} --resume auto --out {shlex.quote(str(out))}"
         subprocess.run([sys.executable, "train.py", *shlex.split(flags)], check=True)
-        for (kind, factor), M in momenta(load_checkpoint(out)).items():
-            for times in TIMES:
-                rows = lengths(M, times)
-                records.append({"step": step, "kind": kind, "factor": factor, "times": times,
-                                "min": float(rows.min()), "max": float(rows.max()),
-                                "std": float(rows.std(-1).mean())})
+        records += rows_of(load_checkpoint(out))
     return records + balance(load_checkpoint(out))
 
 
@@ -187,7 +170,6 @@ def rows_figure(records):
                       [kind.removesuffix("_proj") for kind in KINDS], rotation=60)
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("length of a row of O over their RMS:\nfrom the shortest to the longest")
-    draw.legend_below(fig, axes[0])
     return fig
 
 
@@ -199,32 +181,31 @@ def rows_page(records) -> str:
     ratios = ", ".join(f"{r['kind'].removesuffix('_proj')} {r['min_ratio']:.2f} to {r['max_ratio']:.2f}"
                        for r in records if "min_ratio" in r)
     table = markdown(["step", "times", "kinds, A and B: standard deviation of the rows' lengths"], rows)
-    return ("# How even the rows are\n\n`python -m paper.equilibrated`. Nano, 200 steps, lr 0.2, momentum 0.7, "
-            f"seed 0; all four blocks.\n\n{table}\nsigma_A / sigma_B after the last step, the least and the "
-            f"most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
+    return ("# How even the rows are\n\n`python -m paper.equilibrated`. Nano, 200 steps, lr 0.2, momentum "
+            f"0.7, seed 0; all four blocks.\n\n{table}\nsigma_A / sigma_B after the last step, the least and "
+            f"the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
 
-
-# ----------------------------------------------- The command ------------------------------------------------
 
 def everywhere(again: bool = False) -> None:
-    for scale in scales().values():
+    for scale in SETTINGS.values():
         prepare("equilibrated", scale)
         report("equilibrated", scale)
-    found = pairs()
-    write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce equilibrated`\n\n"
-          f"{table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
-          "Each idea at its best of at least three learning rates. The code was a patch whose variable CAND names "
-          "the idea, e.g. exact: `git show 1a098c9:results/equilibrated/candidates.diff`. Each line of the logs "
-          "has its flags ([200 steps](candidates-200x4096.jsonl), [800](candidates-800x4096.jsonl)). The exact "
-          f"norm was run on a CPU, and 800 steps at three learning rates.\n\n{candidates(found)}")
-    save(figure(found), WHERE / "figure.png", "After 200 steps even rows have lowered the loss; after 800 little "
-         "of it is left", "")
+    found = {label: outcomes_of("equilibrated", scale) for label, scale in SETTINGS.items()}
+    write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
+          f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
+          "Each idea at its best of at least three learning rates. The code was a patch, which the history "
+          "has: `git show 1a098c9:results/equilibrated/candidates.diff`, whose variable CAND names the idea, "
+          "e.g. exact. Each line of the logs has its flags ([200 steps](candidates-200x4096.jsonl), "
+          "[800 steps](candidates-800x4096.jsonl)). The exact norm was run on a CPU, and 800 steps at three "
+          f"learning rates.\n\n{candidates(found)}")
+    save(figure(found), WHERE / "figure.png",
+         "After 200 steps even rows have lowered the loss; after 800 little of it is left", "")
     if again or not (WHERE / "rows.json").is_file():
         write_json(WHERE / "rows.json", measure(Path("out/paper/rows")))
     records = read_json(WHERE / "rows.json")
     write(WHERE / "rows.md", rows_page(records))
-    save(rows_figure(records), WHERE / "rows.png", "The rows of A of gate and up and of B of down are the uneven "
-         "ones; dividing once makes the even ones less even, and correcting once evens all",
+    save(rows_figure(records), WHERE / "rows.png", "The rows of A of gate and up and of B of down are the "
+         "uneven ones; dividing once makes the even ones less even, and correcting once evens all",
          "Size nano; two groups of bars for each matrix, A left and B right, over all blocks")
     print(f"{WHERE}/README.md, figure.png, rows.md, rows.png")
 

@@ -15,14 +15,12 @@ from model import ALIASES, Llama, LlamaConfig
 from paper import draw
 from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, RIVALS, TRANSFERRED
 from paper.output import read_json
-from paper.runs import Run, Scale, best_of, log_of, scores_of, timed_seconds, tried
+from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step, tried
 from tools import plan
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))  # low-rank sizes of Table 5, otherwise perplexities
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
 
-
-# ------------------------------------------ What the runs came to -------------------------------------------
 
 @dataclass
 class Outcome:
@@ -34,7 +32,7 @@ class Outcome:
     logs: list  # of the seeds at that lr
     scores: dict = field(default_factory=dict)  # what eval.py said of the first seed; nothing at nano
     paper: float | None = None  # the paper's perplexity
-    seconds: float | None = None  # of a step, as paper.seconds timed it
+    seconds: float | None = None  # of a step, as paper.bench timed it
 
     @property
     def label(self) -> str:
@@ -54,15 +52,13 @@ class Outcome:
 
     @cached_property
     def memory(self) -> dict:
-        """Bytes of weights, gradients and optimizer state, and how many parameters are trained."""
+        """How many parameters are trained, bytes of the optimizer's state, and with weights and gradients."""
         c = SimpleNamespace(**self.logs[0].config)
         with torch.device("meta"):
             model = Llama(LlamaConfig(**c.model), train.find_method(c.method, c.method_args).linear)
-        return plan.memory(c, model) | {"parameters": sum(p.numel() for p in model.parameters())}
-
-    @property
-    def training_memory(self) -> int:
-        return sum(self.memory[key] for key in ("weights", "gradients", "optimizer"))
+        needed = plan.memory(c, model)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "optimizer": needed["optimizer"],
+                "all": sum(needed[key] for key in ("weights", "gradients", "optimizer"))}
 
     @property
     def mean(self) -> float:
@@ -90,8 +86,8 @@ class Outcome:
                 + (f", {lost} of {len(self.by_seed)} diverged" if lost else ""))
 
 
-def outcome(name: str, scale: Scale, few: bool = False) -> Outcome:
-    grid, _ = tried(name, scale, few)
+def outcome(name: str, scale: Scale) -> Outcome:
+    grid, _ = tried(name, scale)
     lr = best_of(grid)
     found = {seed: log for seed in range(scale.seeds) if lr and (log := log_of(Run(name, lr, seed), scale))}
     scores = read_json(scores_of(Run(name, lr or 0), scale)) or {}
@@ -110,8 +106,6 @@ def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
     return (statistics.mean(pairs), T95.get(len(pairs), 2.6) * statistics.stdev(pairs) / len(pairs)**0.5,
             len(pairs))
 
-
-# ------------------------------------------ The tables and figures ------------------------------------------
 
 def consecutive(found):
     """Each arm with the next one, in the paper's order."""
@@ -141,8 +135,8 @@ class Experiment:
     figure: Callable  # (outcomes, scale) -> matplotlib figure
     message: str  # what the committed figure at nano shows
     note: str  # what differs from the paper
-    few: bool = False  # three learning rates for each arm
-    single: tuple | None = ()  # arms that need no more than one seed; None: all
+    few: bool = False  # three learning rates for each arm, as they are many or cost much
+    single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
     pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
     norms: bool = False  # it is about norms over training
@@ -212,29 +206,29 @@ EXPERIMENTS = {
         "GaLore's own gap of 200 steps never ends in a run of 200; ReLoRA's own is a restart each quarter. "
         "SCT's 199 times less memory, for a layer of 8,192 x 28,672 at rank 32, holds by count and as "
         "measured at a size 64 times smaller (tests/test_rivals.py).",
-        few=True, single=None, pairs=lambda found: []),
+        few=True, single=True, pairs=lambda found: []),
     "transfer": Experiment(
         "The learning rate over widths and rank ratios", tuple(sum(TRANSFERRED.values(), [])),
         draw.transfer,
         "From a width of 64 on all shapes share one best learning rate under Spectron, and under Muon on "
         "factors; AdamW's moves",
-        "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
+        "Models of two layers, seed 0.", single=True, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, adam_lr",
         tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr,
         "Methods that use AdamW want ten times the adam_lr of the orthogonalized ones",
         "Each arm is at its best lr. Where no adam_lr is said, it is 3e-3, for Muon on factors 1e-2, and for "
         "all with AdamW or a guide 3e-2.",
-        single=None,
+        single=True,
         pairs=lambda found: []),
     "momentum": Experiment(
         "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
-        few=True, single=None, pairs=lambda found: []),
+        few=True, single=True, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",
         "The paper draws layer 4 and does not say which learning rates it used; here it is the third of four "
-        "blocks.", single=("dense-adamw",), pairs=against_first, norms=True),
+        "blocks.", pairs=against_first, norms=True),
     "fig3": Experiment(
         "Figure 3: the norms of one matrix", ("spectron", "orthogonalize", "adamw"), draw.figure3,
         "Spectron's step of W stays under its learning rate; AdamW's norms do not explode at nano",
@@ -256,29 +250,25 @@ EXPERIMENTS = {
         "Figure 6: perplexity over parameters", (), draw.figure6,
         "At equal FLOPs each low-rank model ends below its dense twin, the more the larger it is",
         "Every low-rank model sees the same tokens, and its dense twin as many as cost the same; the paper "
-        "gives larger models more tokens.", few=True, single=None, pairs=same_shape),
+        "gives larger models more tokens.", few=True, single=True, pairs=same_shape),
     "fig7": Experiment(
         "Figure 7: downstream accuracy over parameters", (), draw.figure7, "",
-        "The same models as Figure 6's.", few=True, single=None, tasks=True, pairs=same_shape),
+        "The same models as Figure 6's.", few=True, single=True, tasks=True, pairs=same_shape),
 }
 
 
-def arms_of(name: str, scale: Scale) -> tuple:
-    return EXPERIMENTS[name].arms or ladder(scale)
-
-
-def single_of(name: str, scale: Scale) -> tuple:
-    single = EXPERIMENTS[name].single
-    return arms_of(name, scale) if single is None else single
+def arms_and_scale(name: str, scale: Scale) -> tuple[tuple, Scale]:
+    """The arms of an experiment, and a scale with as many learning rates and seeds as it has."""
+    e = EXPERIMENTS[name]
+    return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,
+                                            seeds=1 if e.single else scale.seeds)
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
-    """Where one seed is enough for all arms, the others that some have are left out. At nano the paper's
-    perplexities are those of its smallest main model."""
-    if EXPERIMENTS[name].single is None:
-        scale = replace(scale, seeds=1)
+    """At nano the paper's perplexities are those of its smallest main model."""
     size = "134M" if scale.size == "nano" else ALIASES.get(scale.size, scale.size)
-    found = [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]
+    arms, scale = arms_and_scale(name, scale)
+    found = [outcome(arm, scale) for arm in arms]
     for o in found:
-        o.paper, o.seconds = PAPER.get(name, {}).get(size, {}).get(o.arm), timed_seconds(o.arm, scale)
+        o.paper, o.seconds = PAPER.get(name, {}).get(size, {}).get(o.arm), seconds_per_step(o.arm, scale)
     return found

@@ -32,8 +32,6 @@ class Points:
         return len(self.N)
 
 
-# --------------------------------------- Approach 2: IsoFLOP profiles ---------------------------------------
-
 @dataclass
 class Profile:
     """The parabola of one budget."""
@@ -87,8 +85,6 @@ def isoflop(points: Points, budgets, of: str = "N") -> float:
     return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
 
 
-# -------------------------------------- Approach 3: the parametric law --------------------------------------
-
 @dataclass
 class Law:
     """L(N, D) = E + A / N^alpha + B / D^beta."""
@@ -132,7 +128,9 @@ def fit_law(points: Points, weights=None, start: Law | None = None, steps: int =
     y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
-    starts = np.array(start_at(start, n0, d0) if start else starts_around(y.min()))
+    starts = np.array(starts_around(y.min()) if start is None else [
+        (np.log(start.A) - start.alpha * n0, np.log(start.B) - start.beta * d0, np.log(start.E), start.alpha,
+         start.beta)])
     fits, (y, w) = len(w), (np.repeat(x, len(starts), 0) for x in (y, w))  # (fits * starts, n)
     theta = np.tile(starts, (fits, 1))
 
@@ -166,31 +164,18 @@ def starts_around(lowest: float) -> list[tuple]:
             for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)]
 
 
-def start_at(law: Law, n0: float, d0: float) -> list[tuple]:
-    return [(np.log(law.A) - law.alpha * n0, np.log(law.B) - law.beta * d0, np.log(law.E), law.alpha,
-             law.beta)]
-
-
-# ------------------------------------------ How much can be known -------------------------------------------
-
-def resampled(points: Points, budgets, times: int, seed: int = 0) -> np.ndarray:
-    """(times, n): how often each run is drawn, with replacement among the runs of its budget."""
-    generator, counts = np.random.default_rng(seed), np.zeros((times, len(points)))
-    for i in range(len(budgets)):
-        rows = np.flatnonzero(nearest(points, budgets) == i)
-        for count in counts if len(rows) else ():
-            np.add.at(count, generator.choice(rows, len(rows)), 1)
-    return counts
-
-
 def interval(values) -> tuple[float, float]:
     """The middle 95% of a bootstrap, those left out where the fit found no minimum."""
     return tuple(np.nanpercentile(np.asarray(values, float), [2.5, 97.5]))
 
 
 def bootstrap(points: Points, budgets, times: int = 400) -> tuple[list[float], list[Law]]:
-    """Approach 2's exponents and Approach 3's laws, over runs drawn again."""
-    counts = resampled(points, budgets, times)
+    """Approach 2's exponents and Approach 3's laws, over runs drawn again with replacement in each budget."""
+    generator, counts = np.random.default_rng(0), np.zeros((times, len(points)))
+    for i in range(len(budgets)):
+        rows = np.flatnonzero(nearest(points, budgets) == i)
+        for count in counts if len(rows) else ():
+            np.add.at(count, generator.choice(rows, len(rows)), 1)
     second = [isoflop(points[np.repeat(np.arange(len(points)), count.astype(int))], budgets)
               for count in counts]
     return second, fit_law(points, counts, start=fit_law(points))
@@ -210,9 +195,9 @@ def design(budgets, sizes, law: Law) -> Points:
     return Points(N, C / (6 * N), C, law(N, C / (6 * N)))
 
 
-def simulate(points: Points, budgets, sigma: float, times: int = 400, seed: int = 0) -> np.ndarray:
+def simulate(points: Points, budgets, sigma: float, times: int = 400) -> np.ndarray:
     """(times, 2): the exponents that the two approaches find when each run has noise of sigma nats."""
-    noise = sigma * np.random.default_rng(seed).standard_normal((times, len(points)))
+    noise = sigma * np.random.default_rng(0).standard_normal((times, len(points)))
     studies = replace(points, L=points.L + noise)
     laws = fit_law(studies, start=fit_law(points))
     return np.array([(isoflop(replace(points, L=L), budgets), law.exponent)

@@ -1,6 +1,6 @@
 """Many logs in one file: results/runs/<scale>.jsonl has a line for each run, in the order of their names.
 
-    {"run": "adamw-lr0.001-seed0", "log": [{"argv": ..., "config": ...}, {"step": [1, 10], "loss": [6.2, 5.8]}]}
+    {"run": "adamw-lr0.001-seed0", "log": [{"argv": ..., "config": ...}, {"step": [1, 10], "loss": [6.2, 5]}]}
 
 "log" holds the records of one log.jsonl in their order. A header, which is the record with a config, stays as
 it is, and a resumed run has several. Records that follow each other and have the same keys become one object

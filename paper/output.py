@@ -1,10 +1,12 @@
-"""What paper/ writes: Markdown tables, texts, JSON, and figures, which stay as they are if they look the same."""
+"""What paper/ writes: Markdown tables, texts, JSON, and figures, left as they are if they look alike."""
 
 import io
 import json
+import math
 import textwrap
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from lib.files import replacing
@@ -36,8 +38,14 @@ def read_json(path: Path):
 
 
 def save(fig, path: Path, message: str, setting: str) -> None:
-    """Write a figure as PNG. The message is its title; below it, small, where it is from."""
+    """Write a figure as PNG. The message is its title; below it, small, where it is from; at the bottom one
+    legend for all axes, each label once."""
     width = fig.get_figwidth()
+    if curves := {label: curve for ax in fig.axes for curve, label in zip(*ax.get_legend_handles_labels())}:
+        columns = columns_for(list(curves), width)
+        fig.set_figheight(fig.get_figheight() + 0.19 * (math.ceil(len(curves) / columns) - 1))
+        fig.legend(curves.values(), curves, loc="outside lower center", ncols=columns, frameon=False,
+                   fontsize=9)
     fig.suptitle(textwrap.fill(message, int(10.5 * width)), fontsize=11.5, x=0.01, ha="left")
     fig.axes[0].set_title(textwrap.fill(setting, int(13 * width)), fontsize=8, color="0.35", loc="left")
     drawn = io.BytesIO()
@@ -47,6 +55,14 @@ def save(fig, path: Path, message: str, setting: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             picture.save(file, "PNG", optimize=True)
+
+
+def columns_for(labels: list[str], inches: float) -> int:
+    """As many columns of a legend as fit: 0.077 inches a character, and the curve before it."""
+    def width(columns):
+        parts = [part for part in np.array_split(labels, columns) if len(part)]
+        return sum(0.65 + 0.077 * max(map(len, part)) for part in parts)
+    return next((columns for columns in (5, 4, 3, 2) if width(columns) < inches), 1)
 
 
 def looks_like(picture: Image.Image, path: Path) -> bool:

@@ -7,12 +7,12 @@
 
 NAME is one of table1 (with figures 4 and 14a), table2 (10), table3 (11), table4, table5, fig2, fig3, fig5
 (with 1), fig6, fig7, fig12, fig13, isoflop (8 and 9) and parametric (appendix D), which paper.scaling has
-more of. Each writes results/NAME/<scale>/: table.md and figure.png. The logs behind them are in
-results/runs/<scale>.jsonl: a run that is there is not made again, so that after a clone everything can be drawn
-without training.
+more of. Each writes results/NAME/<scale>/: table.md and figure.png. The logs behind them are in results/runs:
+a run that is there is not made again, so that after a clone everything can be drawn without training.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from lib.cli import Parser, command, positive
 from model import ALIASES, SIZES, count_parameters
@@ -20,7 +20,7 @@ from paper import draw, equilibrated, runs, scaling
 from paper.experiments import EXPERIMENTS, PAPER, outcomes_of
 from paper.output import write
 from paper.runs import RESULTS
-from paper.tables import all_tables, plan, prepare, report
+from paper.tables import all_tables, prepare, report
 
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws", list(PAPER["table5"]))}
@@ -28,33 +28,6 @@ IMDB = {"data": "data/imdb-bytes", "lrs": 3}
 REPORT = [("rivals", {}), ("rivals-flops", {}), ("claims", {}), ("neighbours", {"seeds": 5}), ("adam_lr", {}),
           ("fig12", {}), ("transfer", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}),
           ("fig13", {}), ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and their scale, at nano
-PROTOCOL = """# Results
-
-Every table and figure of the paper that could be run here, and the rivals beside them, made by
-`python -m paper.reproduce report` from the logs in [runs/](runs/README.md). All of it is size nano (2M
-parameters), in float32. The paper's numbers are of size S (94M parameters, FineWeb), so only their order and
-their ratios compare.
-
-- All arms see the same tokens in the same order, with one schedule and clipping, and a momentum of 0.7 where
-  they have one. adam_lr is what its own table says: 3e-3, for Muon on factors 1e-2, for all with AdamW 3e-2.
-- Each arm has six learning rates on the series 1, 2, 5, 10, and up to two more where the best is at the edge.
-  They start with three in Table 3, in Figures 5, 6 and 13, at equal FLOPs, on IMDb and among the claims.
-  Neighbours are a factor of 2 or 2.5 apart, so that differences of about 0.02 nats may be the grid's.
-- The best learning rate of seed 0 gets the other seeds: mean ± standard deviation, n. Seed 0 counts too.
-- Differences are taken seed by seed, with their 95% interval (Student's t, which three seeds leave wide).
-- "lr within 5%" is the factor spanned by the learning rates that end within 5% of the arm's best loss.
-- `data/imdb-bytes` is the first 8,000 lines of an IMDb reviews file:
-  `python -m tools.prepare text imdb.jsonl --tokenizer bytes --out data/imdb-bytes`.
-- A run has diverged if its gradient ceased to be finite, or if it ended worse than a uniform guess. None did.
-- "s / step" is of two CPU cores, all methods in turn in one process: `python -m paper.seconds`. Self-guided
-  training is timed with its guide, which is there for half of a run.
-
-Elsewhere: [equilibrated Spectron](equilibrated/README.md), [sixteen metrics](geometry/README.md) of the same
-models, [parameter counts of Table 4](table4/table.md) and [Table 5](table5/table.md), the scaling laws by
-[parabolas](isoflop/table.md) and as [a law of N and D](parametric/table.md), Figures 8 and 9,
-[the momentum](momentum/nano-800x4096/table.md), [speed](bench/README.md),
-[the tasks beside lm-evaluation-harness](evals/README.md).
-"""
 
 
 def counts(name: str) -> str:
@@ -72,14 +45,9 @@ def counts(name: str) -> str:
     return "\n".join(rows) + "\n"
 
 
-def write_counts(name: str) -> None:
-    write(RESULTS / name / "table.md", counts(name))
-    print(f"{RESULTS / name}/table.md")
-
-
 def results_readme() -> str:
-    """results/README.md: every table, from the logs alone."""
-    parts = [PROTOCOL]
+    """results/README.md: results.md, then every table, from the logs alone."""
+    parts = [Path(__file__).with_name("results.md").read_text("utf-8")]
     for name, given in REPORT:
         e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)
         found = outcomes_of(name, scale)
@@ -89,12 +57,6 @@ def results_readme() -> str:
                   all_tables(name, found).strip(), f"{e.note} `{runs.reproduce(name, scale)}`, "
                   f"[figure]({name}/{scale.name}/figure.png)."]
     return "\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
-
-
-def write_report() -> None:
-    write(RESULTS / "README.md", results_readme())
-    draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")))
-    print(f"{RESULTS}/README.md, readme.png")
 
 
 @command
@@ -113,9 +75,13 @@ def main(argv=None):
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and end")
     args = parser.parse_args(argv)
     if args.name == "report":
-        return write_report()
-    if args.name in COUNTS:
-        return write_counts(args.name)
+        write(RESULTS / "README.md", results_readme())
+        draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")))
+        return print(f"{RESULTS}/README.md, readme.png")
+    for name in COUNTS:
+        if args.name == name or args.name == "all" and not args.dry_run:
+            write(RESULTS / name / "table.md", counts(name))
+            print(f"{RESULTS / name}/table.md")
     if args.name in scaling.PARTS:
         return scaling.main([args.name])
     if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
@@ -129,14 +95,10 @@ def main(argv=None):
     if not scale.nano and "transfer" in wanted:
         print("transfer is of nano's sizes alone: leave out --scale")
         wanted.remove("transfer")
-    if args.dry_run:
-        return print("\n".join(plan(name, scale) for name in wanted))
     for name in wanted:
-        prepare(name, scale)
-        report(name, scale)
-    if args.name == "all":
-        for name in COUNTS:
-            write_counts(name)
+        prepare(name, scale, args.dry_run)
+        if not args.dry_run:
+            report(name, scale)
 
 
 if __name__ == "__main__":

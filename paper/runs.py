@@ -1,10 +1,10 @@
 """The runs behind the paper's tables and figures: how each is made, once.
 
 A run is train.py as a user calls it. Its log, thinned, becomes a line of results/runs/<scale>.jsonl (see
-paper/logs.py) and feeds every table and figure that needs it. A run that has a line is not made again, and one
-that was stopped goes on from its checkpoint in out/paper. Each arm sees the same data in the same order, the
-same schedule and clipping, and as many learning rates as the arms beside it; its best one then gets the other
-seeds.
+paper/logs.py) and feeds every table and figure that needs it. A run that has a line is not made again, and
+one that was stopped goes on from its checkpoint in out/paper. Each arm sees the same data in the same order,
+the same schedule and clipping, and as many learning rates as the arms beside it; its best one then gets the
+other seeds.
 """
 
 import json
@@ -34,11 +34,8 @@ from tools.plot import read_log
 RESULTS, OUT = Path("results"), Path("out/paper")
 SERIES = [float(f"{m}e{e}") for e in range(-9, 6) for m in (1, 2, 5)]  # learning rates: 1, 2, 5, 10, ...
 MOST_LRS = 15  # of an arm: around each arm's own, the series reaches as far
-FEW = 3  # learning rates of an arm that is one of many, or costs much
 WIDER = 2  # times that a grid may grow where its best is at the edge
 
-
-# -------------------------------------------------- Scales --------------------------------------------------
 
 @dataclass(frozen=True)
 class Scale:
@@ -76,7 +73,8 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
 
 
 def steps_of(name: str, scale: Scale) -> int:
-    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs."""
+    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs. UserError where
+    that is a time that nobody has measured."""
     arm = ARMS[name]
     if arm.budget:
         return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
@@ -84,8 +82,11 @@ def steps_of(name: str, scale: Scale) -> int:
     steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
         return steps
-    cost = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
-    return max(1, round(steps * cost(arm.twin, scale) / cost(name, scale)))
+    of = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
+    twin, own = of(arm.twin, scale), of(name, scale)
+    if not (twin and own):
+        raise UserError(f"nobody has timed {name!r}: python -m paper.bench seconds --scale {scale.size}")
+    return max(1, round(steps * twin / own))
 
 
 @cache
@@ -100,17 +101,10 @@ def flops_per_token(name: str, scale: Scale) -> float:
     return (first + plain) / 2
 
 
-def timed_seconds(name: str, scale: Scale) -> float | None:
-    """Of a step of an arm with these flags, as paper.seconds timed it beside the others; None where it has
-    not."""
+def seconds_per_step(name: str, scale: Scale) -> float | None:
+    """Of an arm with these flags, as paper.bench timed it beside the others; None where it has not."""
     timed = (read_json(RESULTS / "seconds" / f"{scale.size}.json") or {}).get("seconds", {})
     return next((timed[other] for other in timed if ARMS[other].flags == ARMS[name].flags), None)
-
-
-def seconds_per_step(name: str, scale: Scale) -> float:
-    if seconds := timed_seconds(name, scale):
-        return seconds
-    raise UserError(f"nobody has timed {name!r}: python -m paper.seconds --scale {scale.size}")
 
 
 def reproduce(name: str, scale: Scale) -> str:
@@ -124,8 +118,6 @@ def flags_of(arm: Arm, scale: Scale) -> list[str]:
     return ["--size", arm.size or scale.size, *arm.flags.split(), "--data", scale.data,
             "--tokens_per_step", str(scale.tokens_per_step), *scale.flags]
 
-
-# --------------------------------------------------- Runs ---------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
@@ -194,18 +186,15 @@ def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
     logs.add(pack_of(scale), run.name, logs.thinned(records))
 
 
-def workers(scale: Scale) -> int:
-    return min(os.cpu_count(), 16) if scale.nano else 1
-
-
 def make_all(runs: list[Run], scale: Scale) -> None:
     """Those that are missing; small models side by side, a thread each, which is faster than one after the
     other with all threads. Interrupted, it lets those that run save, and the same command goes on."""
     missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale)]
     if not missing:
         return
-    threads, children = 1 if workers(scale) > 1 else None, []
-    with alone(OUT / scale.name), ThreadPoolExecutor(workers(scale)) as pool:
+    workers, children = min(os.cpu_count(), 16) if scale.nano else 1, []
+    threads = 1 if workers > 1 else None
+    with alone(OUT / scale.name), ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(make, run, scale, children, threads): run for run in missing}
         try:
             for i, (future, run) in enumerate(futures.items()):
@@ -250,22 +239,19 @@ def score(run: Run, scale: Scale, tasks: tuple) -> None:
         raise UserError(f"no scores of {run.name} (above is why); the same command goes on")
 
 
-# ----------------------------------------------- The protocol -----------------------------------------------
-
-def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
+def lrs_of(name: str, scale: Scale) -> list[float]:
     """The learning rates that an arm starts from."""
     if not ARMS[name].swept:
         return [ARMS[name].lr]
-    count = min(FEW, scale.lrs) if few else scale.lrs
-    start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (count - 1) // 2
-    return SERIES[start:start + count]
+    start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (scale.lrs - 1) // 2
+    return SERIES[start:start + scale.lrs]
 
 
-def tried(name: str, scale: Scale, few: bool = False) -> tuple[dict[float, float | None], list[float]]:
+def tried(name: str, scale: Scale) -> tuple[dict[float, float | None], list[float]]:
     """(what the learning rates came to with seed 0, those that are still to be made): those that the arm
     starts from, and beyond an edge that is best at most WIDER more; what others have tried further out is not
     looked at."""
-    found, wanted = {}, lrs_of(name, scale, few)
+    found, wanted = {}, lrs_of(name, scale)
     for _ in range(1 + WIDER * ARMS[name].swept):
         there = {lr: log.final_loss for lr in wanted if (log := log_of(Run(name, lr), scale))}
         found = dict(sorted((found | there).items()))
@@ -292,31 +278,27 @@ def next_lr(losses: dict) -> float | None:
     return SERIES[highest + 1] if best == SERIES[highest] else None
 
 
-def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> None:
-    """Every arm over its learning rates, three where they are few, then its best with the other seeds; those
-    in `single` with one."""
-    while missing := [Run(name, lr) for name in names for lr in tried(name, scale, few)[1]]:
+def sweep(names: tuple, scale: Scale) -> None:
+    """Every arm over its learning rates, then its best with the other seeds."""
+    while missing := [Run(name, lr) for name in names for lr in tried(name, scale)[1]]:
         make_all(missing, scale)
-    best = {name: best_of(tried(name, scale, few)[0]) for name in names if name not in single}
+    best = {name: best_of(tried(name, scale)[0]) for name in names}
     make_all([Run(name, lr, seed) for name, lr in best.items() if lr for seed in range(scale.seeds)], scale)
 
 
-def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> str:
+def estimate(names: tuple, scale: Scale) -> str:
     """What is still to be made: runs, and their FLOPs."""
-    made = {name: tried(name, scale, few) for name in names}
+    made = {name: tried(name, scale) for name in names}
     missing = [name for name in names for _ in made[name][1]]
     first = len(missing) + sum(len(found) for found, _ in made.values())
-    later = [name for name in names if name not in single for seed in range(1, scale.seeds)
+    later = [name for name in names for seed in range(1, scale.seeds)
              if not log_of(Run(name, best_of(made[name][0]) or 0, seed), scale)]
     if not missing and not later:
         return "all runs are there"
-    flops = sum(flops_of(name, scale) for name in missing + later)
+    flops = 0.0
+    for name in missing + later:
+        untimed = ARMS[name].steps == "time" and not seconds_per_step(name, scale)  # then about its twin's
+        steps = steps_of(ARMS[name].twin if untimed else name, scale)
+        flops += flops_per_token(name, scale) * scale.tokens_per_step * steps
     return (f"{first - len(missing)} of {first} runs are there; {len(missing)} and up to {len(later)} "
             f"with other seeds are to be made, {flops:.2e} FLOPs")
-
-
-def flops_of(name: str, scale: Scale) -> float:
-    """Of a run; of one of equal wall-clock that nobody has timed, those of its twin's steps."""
-    untimed = ARMS[name].steps == "time" and not timed_seconds(name, scale)
-    steps = steps_of(ARMS[name].twin if untimed else name, scale)
-    return flops_per_token(name, scale) * scale.tokens_per_step * steps

@@ -1,8 +1,8 @@
 """The scaling laws, Sections 6 and D: their runs at nano, and what is fitted to them.
 
-    python -m paper.scaling isoflop         figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
-    python -m paper.scaling parametric      L(N, D), and what the paper's design can tell, to results/parametric
-    python -m paper.scaling plan            the runs, their FLOPs and hours; with --scale S those of the paper
+    python -m paper.scaling isoflop       figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
+    python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
+    python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
 
 N is the total and C as executed; one table has the exponents of other conventions.
 """
@@ -126,7 +126,6 @@ def figure9(points, budgets):
                 ax.axvline(fitted.N, color=colour, ls="--", lw=1)
         log_axis(ax.xaxis, f"parameters, {KINDS[kind].label}", 1e3, "k")
     axes[0].set_ylabel("final validation loss (nats per byte)")
-    draw.legend_below(fig, axes[0], columns=4)
     return fig
 
 
@@ -143,14 +142,13 @@ def figure8(points, budgets):
             exponent, factor = power_law(C, y)
             ax.plot(C, y, "o", color=COLOURS[kind])
             ax.plot(C, factor * np.array(C)**exponent, color=COLOURS[kind],
-                    label=f"{KINDS[kind].label}: C^{exponent:.2f}")
+                    label=f"{KINDS[kind].label}: {of} ~ C^{exponent:.2f}")
             if kind == "spectron":
                 middle = np.exp(np.log(C).mean()), np.exp(np.log(y).mean())
                 ax.plot(C, middle[1] * (np.array(C) / middle[0])**slope, "--", color="0.4",
                         label="the paper's slopes, C^0.479 and C^0.521")
         log_axis(ax.xaxis, "training FLOPs (executed)")
         log_axis(ax.yaxis, label, *((1e3, "k") if of == "N" else (1e6, "M")))
-    draw.legend_below(fig, axes[0])
     return fig
 
 
@@ -176,7 +174,6 @@ def residuals_figure(points):
         ax.axhline(0, color="0.4", lw=1)
         log_axis(ax.xaxis, label, unit, suffix)
     axes[0].set_ylabel("loss minus fitted law (nats per byte)")
-    draw.legend_below(fig, axes[0])
     return fig
 
 
@@ -192,7 +189,6 @@ def precision_figure(spreads: dict):
                        label={0.479: "the paper's 0.479", 0.49: "Chinchilla's 0.49"}[value])
         ax.set(xlabel=f"exponent of N_opt, by the {name}", xlim=(0.36, 0.56))
     axes[0].set_ylabel("of 400 simulated studies")
-    draw.legend_below(fig, axes[0], columns=5)
     return fig
 
 
@@ -200,8 +196,8 @@ def write_isoflop() -> None:
     rows, points, budgets = collected()
     where = RESULTS / "isoflop"
     write(where / "runs.csv", csv_of(rows))
-    write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs executed. "
-          f"`python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets)}\n"
+    write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs "
+          f"executed. `python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets)}\n"
           f"## The exponent a, counted otherwise\n\n{conventions()}\n[Every run](runs.csv)\n\n"
           "![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
@@ -232,9 +228,9 @@ def write_parametric() -> None:
     write(where / "table.md", f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N total. "
           "`python -m paper.scaling parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
           f"{laws_table(points, budgets)}\n![residuals](residuals.png)\n\n"
-          f"## What the paper's design can tell\n\n400 studies of {len(design)} runs of the paper's sizes and "
-          f"budgets, with its own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n{precision}\n"
-          "![precision](precision.png)\n")
+          f"## What the paper's design can tell\n\n400 studies of {len(design)} runs of the paper's sizes "
+          f"and budgets, with its own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
+          f"{precision}\n![precision](precision.png)\n")
     save(residuals_figure(points), where / "residuals.png", "What the parametric law leaves", SETTING)
     save(precision_figure(spreads), where / "precision.png",
          "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",

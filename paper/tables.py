@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.cli import UserError
 from paper import draw, runs
 from paper.arms import ARMS, TRANSFERRED
-from paper.experiments import EXPERIMENTS, arms_of, gap, outcomes_of, single_of
+from paper.experiments import EXPERIMENTS, arms_and_scale, gap, outcomes_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
@@ -27,11 +27,10 @@ def table(name: str, found) -> str:
     for o in found:
         row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
                over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
-               *(percent(o.scores.get(f"{task}_acc_norm")) for task in tasks)]
+               *(f"{o.scores[key]:.2%}" if (key := f"{task}_acc_norm") in o.scores else "" for task in tasks)]
         if costs and o.logs:
-            memory = o.memory
-            row += [f"{memory['parameters']:,}", f"{memory['optimizer'] / 1e6:.1f}",
-                    f"{o.training_memory / 1e6:.1f}", f"{o.seconds:.2f}" if o.seconds else ""]
+            row += [f"{o.memory['parameters']:,}", f"{o.memory['optimizer'] / 1e6:.1f}",
+                    f"{o.memory['all'] / 1e6:.1f}", f"{o.seconds:.2f}" if o.seconds else ""]
         if paper:
             theirs = o.paper or math.inf
             row += [f"{theirs:.2f}", over(math.log(theirs), math.log(min(paper)))]
@@ -104,10 +103,6 @@ def best_lr(o) -> str:
     return f"{o.lr:g}" + " (the edge of its grid)" * edge if o.lr else ""
 
 
-def percent(x: float | None) -> str:
-    return "" if x is None else f"{x:.2%}"
-
-
 def over(loss: float, best: float) -> str:
     return "" if math.isinf(loss) else f"{loss / best - 1:+.1%}"
 
@@ -118,23 +113,18 @@ def setting(scale: Scale, found) -> str:
             + ("seed 0" if seeds < 2 else f"up to {seeds} seeds at each arm's best learning rate"))
 
 
-# ---------------------------------------------- An experiment -----------------------------------------------
-
-def plan(name: str, scale: Scale) -> str:
-    e = EXPERIMENTS[name]
-    return f"{name}: {runs.estimate(arms_of(name, scale), scale, e.few, single_of(name, scale))}"
-
-
-def prepare(name: str, scale: Scale) -> None:
-    """Make every run that an experiment wants and that is missing. UserError for one that scores tasks whose
-    files are not there."""
-    e, arms = EXPERIMENTS[name], arms_of(name, scale)
-    scored = e.tasks and not scale.nano
+def prepare(name: str, scale: Scale, dry: bool = False) -> None:
+    """Make every run that an experiment needs and that is missing; dry: only say how many. UserError for one
+    that scores tasks whose files are not there."""
+    arms, own = arms_and_scale(name, scale)
+    print(f"{name}: {runs.estimate(arms, own)}", flush=True)
+    if dry:
+        return
+    scored = EXPERIMENTS[name].tasks and not scale.nano
     if scored and not EVALS.is_dir():
         raise UserError(f"{name} scores HellaSwag, PIQA and ARC-Easy, and {EVALS} is not there: "
                         "python -m tools.download evals")
-    print(plan(name, scale), flush=True)
-    runs.sweep(arms, scale, e.few, single_of(name, scale))
+    runs.sweep(arms, own)
     for o in outcomes_of(name, scale) if scored else []:
         if o.lr:
             runs.score(Run(o.arm, o.lr), scale, TASKS)
