@@ -57,8 +57,6 @@ def add(base: str, name: str, label: str = "", flags: str = "", **more) -> str:
     return name
 
 
-# ------------------------------------------- Models of all sizes --------------------------------------------
-
 LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
     ARMS[f"spectron@{size}"] = Arm(f"Spectron {size}", size=size)
@@ -69,8 +67,6 @@ TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{w
                             f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
                for method in ("spectron", "orthogonalize", "adamw")}
 
-
-# ------------------------------------------------ The rivals ------------------------------------------------
 
 RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
@@ -87,8 +83,6 @@ CLAIMS = [  # the rivals' own settings, varied
     "relora", *(add("relora", f"relora-every={x}", label, f"--method_args every={x}")
                 for x, label in ((200, "no restart"), (25, "seven restarts")))]
 
-
-# -------------------------------------- What other arms have in common --------------------------------------
 
 def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
     """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""

@@ -2,6 +2,8 @@
 
     python -m paper.bench                             what needs a CPU; the table goes to results/bench/cpu.md
     python -m paper.bench optimizer nano              some of it, to the screen
+    python -m paper.bench seconds --scale nano        a step of every method, to results/seconds/nano.json, by
+                                                      which the tables have equal wall-clock
     python -m paper.bench tokenize --text FILE...
     python -m paper.bench decoding --run out/run      text from its factors, and from dense weights
     python -m paper.bench predict --mfu 0.4 --peak 989e12 --link 25e9     hours and memory on other hardware
@@ -23,24 +25,24 @@ from statistics import median
 from types import SimpleNamespace
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import data
 import train
 from eval import load_run
 from lib.cli import Parser, UserError, command, number
-from lib.methods import block_matrices, muon
+from lib.methods import flops_per_token, muon
 from lib.ranks import choose_device, native_bf16
 from model import SIZES, Llama, LlamaConfig
+from paper import runs
+from paper.arms import ARMS
+from paper.experiments import EXPERIMENTS
+from paper.output import write, write_json
 from tools import machine, plan, prepare
 from tools.sample import Decoder
 
-RESULTS = Path("results/bench")
+RESULTS = runs.RESULTS / "bench"
 PAPER_STEP = 2**20  # tokens of a step at the paper's sizes
 
-
-# ----------------------------------------------- Instruments ------------------------------------------------
 
 def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
     """The seconds of each arm. All are called once without a clock and then in turn, so that whatever else
@@ -59,8 +61,8 @@ def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def rows(seconds: dict, amount: float = 0, unit: str = ""):
-    """The first arm beside each of the others: the medians, as amount / second where there is an amount, and
-    how many times as fast the first is."""
+    """The first arm beside each of the others: medians, as amount / second where there is an amount, and how
+    many times as fast the first is."""
     def speed(name):
         taken = median(seconds[name])
         return f"{amount / taken:,.1f} {unit}/s" if amount else f"{taken:.3g} s"
@@ -94,14 +96,14 @@ class Trainer:
         torch.manual_seed(c.seed)
         with torch.device(c.device):
             self.model = Llama(LlamaConfig(**c.model), method.linear).to(c.device)
-        self.network, self.optimizers = train.wrapped(self.model, c), method.optimizers(self.model, c)
-        shape = c.tokens_per_step // c.seq_len, c.seq_len + 1
-        tokens = torch.randint(data.vocabulary(c.tokenizer), shape)
-        self.split = (SimpleNamespace(batch=lambda *which: (tokens[:, :-1], tokens[:, 1:])) if random else
-                      data.open_split(c.data, "train", c.seq_len, c.tokenizer))
-
-    def batch(self):
-        return self.split.batch(self.done, self.c.tokens_per_step // self.c.seq_len, self.c.seed, 0, 1)
+        self.optimizers = method.optimizers(self.model, c)
+        self.network, sequences = train.wrapped(self.model, c), c.tokens_per_step // c.seq_len
+        if random:
+            tokens = torch.randint(data.vocabulary(c.tokenizer), (sequences, c.seq_len + 1))
+            self.batch = lambda: (tokens[:, :-1], tokens[:, 1:])
+        else:
+            split = data.open_split(c.data, "train", c.seq_len, c.tokenizer)
+            self.batch = lambda: split.batch(self.done, sequences, c.seed, 0, 1)
 
     def backward(self):
         loss = train.backward(self.network, *self.batch(), self.c)
@@ -123,8 +125,6 @@ def one_sequence(size: str, method: str = "spectron") -> Trainer:
                    f"{SIZES[size].seq_len}", random=True)
 
 
-# --------------------------------------------- What is measured ---------------------------------------------
-
 def optimizer(size="S", rounds=9):
     """Spectron on the factors of a size, beside Muon on the same tensors."""
     trainer = one_sequence(size)
@@ -136,35 +136,11 @@ def optimizer(size="S", rounds=9):
                              muon(factors, 0.02, trainer.c).step}, rounds))
 
 
-class PlainGPT(nn.Module):
-    """A GPT of torch's own layers, with nano's width and depth and 3.3M parameters."""
-
-    def __init__(self, V=320, D=256, layers=4, heads=4, length=256):
-        super().__init__()
-        self.token, self.position = nn.Embedding(V, D), nn.Embedding(length, D)
-        layer = nn.TransformerEncoderLayer(D, heads, 4 * D, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(D), enable_nested_tensor=False)
-
-    def forward(self, tokens, targets):
-        T = tokens.size(1)
-        x = self.token(tokens) + self.position.weight[:T]
-        x = self.blocks(x, nn.Transformer.generate_square_subsequent_mask(T), is_causal=True)
-        return F.cross_entropy((x @ self.token.weight.T).flatten(0, 1), targets.flatten())
-
-
 def nano(flags="", rounds=25):
-    """Whole steps of `python train.py`, of dense weights, and of a plain fp32 GPT with AdamW."""
+    """Whole steps of `python train.py`, and of dense weights."""
     ours, dense = (Trainer(f"--device cpu --method {method} {flags}") for method in ("spectron", "dense"))
-    gpt = PlainGPT()
-    adamw = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
-
-    def plain():
-        gpt(*ours.batch()).backward()
-        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad()
-    yield from rows(in_turn({f"training {ours.c.size}": ours.step, "dense weights, Muon": dense.step,
-                             "a plain fp32 GPT, AdamW": plain}, rounds), ours.c.tokens_per_step, "tokens")
+    steps = {f"training {ours.c.size}": ours.step, "dense weights, Muon": dense.step}
+    yield from rows(in_turn(steps, rounds), ours.c.tokens_per_step, "tokens")
 
 
 def sequence(size="S", rounds=5):
@@ -177,38 +153,6 @@ def sequence(size="S", rounds=5):
     yield from rows(seconds)
     yield row(f"both optimizers of {size}", f"{update:.3g} s", f"a step of 2^20 tokens: {step:,.0f} s",
               f"{update / step:.3%}")
-
-
-def init(size="S"):
-    """The initial weights of a size, beside LAPACK's SVD of every matrix that the factors stand for."""
-    with torch.device("meta"):
-        shapes = [layer.product().shape for layer in block_matrices(Llama(SIZES[size])).values()]
-
-    def svds():
-        for shape in shapes:
-            torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    yield from rows(in_turn({f"initial weights of {size}": lambda: Llama(SIZES[size]),
-                             "LAPACK's SVD of each matrix": svds}, 1))
-
-
-def start(flags="", rounds=3):
-    """From `python train.py` to its first step, with the corpus there."""
-    def first_step():
-        with tempfile.TemporaryDirectory() as out:
-            run = [sys.executable, "-u", "train.py", *shlex.split(flags), "--out", f"{out}/run"]
-            with subprocess.Popen(run, stdout=subprocess.PIPE, encoding="utf-8") as process:
-                if not any(line.startswith("step ") for line in process.stdout):
-                    raise UserError("train.py ended before its first step")
-                process.kill()
-    yield from rows(in_turn({"`python train.py` to its first step": first_step, "`import torch`":
-                             lambda: subprocess.run([sys.executable, "-c", "import torch"])}, rounds))
-
-
-def batches(flags="", rounds=25):
-    """Reading the batch of a step, beside the step."""
-    trainer = Trainer(f"--device cpu {flags}")
-    yield from rows(in_turn({f"reading a batch of {trainer.c.tokens_per_step:,} tokens": trainer.batch,
-                             f"a step of {trainer.c.size}": trainer.step}, rounds))
 
 
 def memory(size="S"):
@@ -240,9 +184,10 @@ def tokenize(files: list[Path], tokenizer="gpt2", rounds=3):
                     sum(len(text.encode()) for text in texts) / 1e6, "MB")
 
 
-def decoding(model: Llama, count=60, rounds=3):
+def decoding(run: str, dtype="float32", count=60, rounds=3):
     """Greedy decoding with a KV cache, of a low-rank model and of dense weights of the same shape. UserError
     for a dense model."""
+    model = load_run(run, choose_device())[0].to(getattr(torch, dtype))
     if model.config.rank_ratio is None:
         raise UserError("decoding compares factors with dense weights, and this run has no factors: name a "
                         "low-rank run")
@@ -289,7 +234,7 @@ def gpu_row(size, method, compile, device, batch, rounds) -> str:
     step = PAPER_STEP / (batch * T) * backward + update
     peak = machine.peak_flops(torch.cuda.get_device_name()) if cuda else None
     return row(f"{size}, {method}{', compiled' * compile}", f"{batch} x {T:,}", f"{PAPER_STEP / step:,.0f}",
-               f"{PAPER_STEP / step * trainer.model.flops_per_token() / peak:.1%}" if peak else "n/a",
+               f"{PAPER_STEP / step * flops_per_token(trainer.model) / peak:.1%}" if peak else "n/a",
                f"{update / step:.2%}", f"{first:.0f} s",
                f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else "n/a")
 
@@ -304,7 +249,7 @@ def predict(mfu: float, peak: float, link: float):
         with torch.device("meta"):
             model = Llama(SIZES[size])
         steps, N = train.paper_steps(size, False), sum(p.numel() for p in model.parameters())
-        flops = model.flops_per_token() * steps * PAPER_STEP
+        flops = flops_per_token(model) * steps * PAPER_STEP
         hours = [(flops / (mfu * peak * gpus) + steps * 8 * N * (gpus - 1) / gpus / link) / 3600
                  for gpus in (1, 8, 64)]
         c = SimpleNamespace(dtype="bfloat16", compile=True, method="spectron", batch_size=8)
@@ -313,17 +258,34 @@ def predict(mfu: float, peak: float, link: float):
                   *(f"{h:,.2f} h" for h in hours), needs)
 
 
-# ----------------------------------------------- The command ------------------------------------------------
+def seconds(size: str, rounds=9):
+    """A step of one arm for each way to train that a table compares, on random tokens; above nano, where all
+    would not fit into memory, of the two of equal wall-clock. What a method does between steps is left out.
+    """
+    scale = runs.scale_of(size)
+    names = {name for e in EXPERIMENTS.values() if e.memory for name in e.arms} | {"self-guided-muon"}
+    trainers = {name: Trainer(" ".join(runs.flags_of(ARMS[name], scale)), random=True)
+                for name in ARMS if name in (names if scale.nano else ("spectron", "dense"))
+                and ARMS[name].steps == "same"}
+    times = in_turn({name: trainer.step for name, trainer in trainers.items()}, rounds)
+    found = {name: float(f"{median(each):.4g}") for name, each in times.items()}
+    path = runs.RESULTS / "seconds" / f"{size}.json"
+    write_json(path, {"command": f"python -m paper.bench seconds --scale {size}", **machine.provenance(),
+                      "tokens_per_step": scale.tokens_per_step, "seconds": found})
+    yield f"{path}: " + ", ".join(f"{name} {x:g}" for name, x in found.items())
 
-CPU = {part.__name__: part for part in (optimizer, nano, sequence, init, start, batches, memory)}
+
+CPU = {part.__name__: part for part in (optimizer, nano, sequence, memory)}
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"{', '.join(CPU)} (all of these), tokenize, decoding, predict")
+                        help=f"{', '.join(CPU)} (all of these), tokenize, decoding, predict, seconds")
     parser.add_argument("--text", nargs="+", type=Path, help="of tokenize: .txt, .jsonl, or their .gz")
+    parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
+                        help="of seconds (nano)")
     parser.add_argument("--run", help="of decoding: directory of a low-rank run")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of decoding: of weights and cache (float32)")
@@ -334,29 +296,28 @@ def main(argv=None):
                         help="of predict: bf16 FLOP/s of a GPU (989e12)")
     parser.add_argument("--link", type=number(), default=25e9, help="of predict: bytes/s between GPUs (25e9)")
     args = parser.parse_args(argv)
-    parts = {**CPU, "tokenize": lambda: tokenize(args.text), "--gpu": gpu,
-             "predict": lambda: predict(args.mfu, args.peak, args.link), "decoding": lambda: decoding(
-                 load_run(args.run, choose_device())[0].to(getattr(torch, args.dtype)))}
-    names = ["--gpu"] if args.gpu else args.names or list(CPU)
+    parts = {**CPU, "tokenize": lambda: tokenize(args.text), "seconds": lambda: seconds(args.scale),
+             "predict": lambda: predict(args.mfu, args.peak, args.link), "gpu": gpu,
+             "decoding": lambda: decoding(args.run, args.dtype)}
+    names = ["gpu"] if args.gpu else args.names or list(CPU)
     if unknown := [name for name in names if name not in parts]:
         raise UserError(f"{unknown[0]!r} is not measured here; there is {', '.join(parts)}")
-    if args.gpu and not torch.cuda.is_available():
+    if "gpu" in names and not torch.cuda.is_available():
         raise UserError(f"--gpu: torch {torch.__version__} finds no CUDA device; "
                         "python -m paper.bench measures the CPU")
     for name, flag, given in ("tokenize", "--text FILE", args.text), ("decoding", "--run out/run", args.run):
         if name in names and not given:
             raise UserError(f"{name} needs something to measure: python -m paper.bench {name} {flag}")
-    if {"nano", "start", "batches"} & set(names) and not Path(train.NANO["data"]).is_dir():
+    if "nano" in names and not Path(train.NANO["data"]).is_dir():
         prepare.build_stdlib(train.NANO["data"])
-    own_head = [] if names[0] in ("--gpu", "predict") else [head("what", "here", "against", "ratio")]
+    own_head = [] if names[0] in ("gpu", "predict", "seconds") else [head("what", "here", "against", "ratio")]
     lines = []
     for line in itertools.chain([f"{stamp()}\n"], own_head, *(parts[name]() for name in names)):
         print(line, flush=True)
         lines.append(line)
     if args.gpu or not args.names:
         path = RESULTS / ("gpu.md" if args.gpu else "cpu.md")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(path, "\n".join(lines) + "\n")
         print(f"written to {path}")
 
 

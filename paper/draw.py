@@ -1,16 +1,16 @@
-"""The figures of paper.reproduce: each takes outcomes, the paper's perplexities, and the scale."""
+"""The figures of paper.reproduce: each takes the outcomes and the scale."""
 
 import math
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
-from lib.files import replacing
-from model import SIZES, count_parameters
+from lib.methods import count_parameters
+from model import SIZES
 from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
-from paper.runs import Run, log_of, seconds_per_step
+from paper.output import save
+from paper.runs import RESULTS, Run, log_of, seconds_per_step
 from tools import plot
-from tools.plot import COLOURS, new_figure, read_log
+from tools.plot import COLOURS, new_figure
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
 GREY = "#777777"
@@ -33,115 +33,73 @@ def look(arm: str) -> dict:
 
 
 def unit(found) -> str:
-    return plot.unit([read_log(log)[0]["config"] for o in found for log in o.logs[:1]])
+    return plot.unit([log.config for o in found for log in o.logs[:1]])
 
 
-def points(log, key: str, x: str = "step") -> list[tuple]:
-    """(x, key) of the steps of a log that have both."""
-    return [(r[x], r[key]) for r in read_log(log)[1] if r.get(key) is not None and r.get(x) is not None]
-
-
-def panels(count: int, width: float = 9.5, height: float = 4.2, **more):
+def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, **more):
     fig = new_figure(width, height)
-    axes = fig.subplots(1, count, squeeze=False, **more)
-    for ax in axes[0]:
+    axes = list(fig.subplots(rows, count // rows, squeeze=False, **more).flat)
+    for ax in axes:
         ax.grid(alpha=0.25)
-    return fig, axes[0]
-
-
-def legend_below(fig, *axes, columns: int = 3) -> None:
-    """One legend for all axes, each label once."""
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-
-
-def save(fig, path, message: str, setting: str) -> None:
-    """The message is the title; below it, small, where the figure is from."""
-    width = fig.get_figwidth()
-    message, setting = textwrap.fill(message, int(10.5 * width)), textwrap.fill(setting, int(13 * width))
-    fig.suptitle(message, fontsize=11.5, x=0.01, ha="left")
-    fig.axes[0].set_title(setting, fontsize=8, color="0.35", loc="left")
-    with replacing(path) as file:
-        fig.savefig(file, format=Path(path).suffix[1:], dpi=150)
-
-
-# ------------------------------------------- Losses over training -------------------------------------------
-
-def validation(log, x: str) -> list[tuple]:
-    """The validation losses of a log, without the last, which is over more tokens than the others."""
-    return points(log, "val_loss", x)[:-1]
-
-
-def validation_label(found) -> str:
-    tokens = next((read_log(log)[0]["config"]["eval_tokens"] for o in found for log in o.logs), 0)
-    return f"validation loss, first {tokens:,} tokens\n({unit(found)})"
+    return fig, axes
 
 
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
     """The validation loss of an arm over x in units of `each`: the mean over its seeds, and all of them as a
     band."""
-    logs = [validation(log, x) for log in o.logs]
+    logs = [log.points("val_loss", x)[:-1] for log in o.logs]  # the last is over more tokens than the others
     if not logs:
         return
     xs, (low, mean, high) = [each * p[0] for p in logs[0]], zip(*(
         (min(column), sum(column) / len(column), max(column))
         for column in zip(*([y for _, y in log] for log in logs))))
-    style = look(o.arm)
+    style, tokens = look(o.arm), o.logs[0].config["eval_tokens"]
     ax.plot(xs, mean, label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
     ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
+    ax.set_ylabel(f"validation loss, first {tokens:,} tokens\n({unit([o])})")
 
 
-def curves_and_gaps(found, paper: dict, scale):
-    """Left, validation loss over training; right, how much higher each ends than the lowest, the paper's as
-    dashed lines."""
+def curves_and_gaps(found, scale):
+    """Left, validation loss over training; right, how much higher each ends than the lowest."""
     fig, (left, right) = panels(2, 10.5, width_ratios=[1.4, 1])
     for o in found:
         curve(left, o)
-    left.set(xlabel="step", ylabel=validation_label(found))
-    losses = [loss for o in found for log in o.logs[:1] for _, loss in validation(log, "step")]
+    left.set(xlabel="step")
+    losses = [loss for o in found for log in o.logs[:1] for _, loss in log.points("val_loss")[:-1]]
     if losses:
         left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
-    gaps(right, found, {} if scale.nano else paper)  # the paper's are of another size
-    legend_below(fig, left, columns=4)
+    gaps(right, found)
     return fig
 
 
-def gaps(ax, found, paper: dict) -> None:
-    """How much higher each arm ends than the lowest, in percent, on a plain axis; the paper's dashed."""
-    least, paper_least = min(o.mean for o in found), math.log(min(paper.values())) if paper else None
+def gaps(ax, found) -> None:
+    """How much higher each arm ends than the lowest, in percent, on a plain axis."""
+    least = min(o.mean for o in found)
     for row, o in enumerate(found):
         style = look(o.arm)
         if o.losses:
             ax.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, color=style["color"],
                         marker=style["marker"], capsize=3, ms=6)
-        if o.arm in paper:
-            ax.plot([100 * (math.log(paper[o.arm]) / paper_least - 1)] * 2, [row - 0.35, row + 0.35], "--",
-                    color="0.3", lw=1.4, label="the paper" if row == 0 else None)
     names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
     ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
            xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
     left, right = ax.get_xlim()
     ax.set_xlim(min(-1.0, left), right + 0.04 * (right - left))
-    if paper:
-        ax.legend(frameon=False, fontsize=9, loc="upper right")
 
 
-def figure5(found, paper: dict, scale):
+def figure5(found, scale):
     low, by_flops, by_time = found
     fig, (left, right) = panels(2, sharey=True)
     for o in (low, by_flops):
         curve(left, o, "flops")
     for o in (low, by_time):
         curve(right, o, "step", seconds_per_step(o.arm, scale))
-    left.set(xlabel="training FLOPs (executed)", ylabel=validation_label(found))
-    right.set(xlabel="seconds of training (as paper.seconds timed the steps)")
-    legend_below(fig, left, right)
+    left.set(xlabel="training FLOPs (executed)")
+    right.set(xlabel="seconds of training (as paper.bench timed the steps)", ylabel="")
     return fig
 
 
-# ------------------------------------------ Losses over something -------------------------------------------
-
-def loss_over_lr(found, paper: dict, scale):
+def loss_over_lr(found, scale):
     """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
     fig, (ax,) = panels(1, 9.5, 5)
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
@@ -164,19 +122,22 @@ def loss_over_lr(found, paper: dict, scale):
             transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5, color="0.3")
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
-    name_ticks(ax, {lr for o in found for lr in o.grid})
-    legend_below(fig, ax)
+    name_lrs(ax, {lr for o in found for lr in o.grid})
     return fig
 
 
-def name_ticks(ax, lrs: set) -> None:
+def name_lrs(ax, lrs: set) -> None:
     """The learning rates under a logarithmic axis; powers of ten where they span much."""
     if max(lrs) < 500 * min(lrs):
-        ax.set_xticks(sorted(lrs), labels=[f"{lr:g}" for lr in sorted(lrs)])
-        ax.xaxis.set_minor_formatter("")
+        name_ticks(ax.xaxis, sorted(lrs))
 
 
-def loss_by_arm(found, paper: dict, scale):
+def name_ticks(axis, ticks, unit: float = 1.0, suffix: str = "") -> None:
+    axis.set_ticks(ticks, labels=[f"{tick / unit:g}{suffix}" for tick in ticks])
+    axis.set_minor_formatter("")
+
+
+def loss_by_arm(found, scale):
     """A row for each arm: the loss at its best learning rate, and small those at its others."""
     fig, (ax,) = panels(1, 9.5, 0.9 + 0.33 * len(found))
     for row, o in enumerate(found):
@@ -189,7 +150,7 @@ def loss_by_arm(found, paper: dict, scale):
     return fig
 
 
-def transfer(found, paper: dict, scale):
+def transfer(found, scale):
     """A panel for each method: how far each width and rank ends above its own best loss."""
     by_name = {o.arm: o for o in found}
     fig, axes = panels(len(TRANSFERRED), 12.5, sharey=True)
@@ -200,13 +161,12 @@ def transfer(found, paper: dict, scale):
             ax.plot(*zip(*shown), color=COLOURS[i], marker="osvD^P"[i], ms=4, lw=1.4,
                     ls="-" if ratio == "0.25" else "--", label=f"width {size[7:]}, rank ratio {ratio}")
         ax.set(xscale="log", xlabel=f"learning rate of {ARMS[method].label}", ylim=(-0.02, 0.5))
-        name_ticks(ax, {lr for arm in arms for lr in by_name[arm].grid})
+        name_lrs(ax, {lr for arm in arms for lr in by_name[arm].grid})
     axes[0].set_ylabel(f"final loss above the curve's best\n({unit(found)})")
-    legend_below(fig, *axes)
     return fig
 
 
-def loss_over_adam_lr(found, paper: dict, scale):
+def loss_over_adam_lr(found, scale):
     """Of seed 0, a line for each arm."""
     fig, (ax,) = panels(1, 8, 4.6)
     by_name, lines = {o.arm: o for o in found}, {}
@@ -217,23 +177,20 @@ def loss_over_adam_lr(found, paper: dict, scale):
         ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
     ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
            ylabel=f"final validation loss ({unit(found)})")
-    legend_below(fig, ax)
     return fig
 
 
-def loss_over_memory(found, paper: dict, scale):
+def loss_over_memory(found, scale):
     """One mark for each method, with the spread of its seeds."""
     fig, (ax,) = panels(1, 8, 4.8)
     for o in found:
         if o.losses:
             style = look(o.arm) | {"ls": ""}
-            ax.errorbar(o.training_memory / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
+            ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
                         **style)
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
-    ax.set_xticks(ticks := [25, 30, 40, 50, 60, 80], labels=ticks)
-    ax.xaxis.set_minor_formatter("")
-    legend_below(fig, ax, columns=4)
+    name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
     return fig
 
 
@@ -242,107 +199,93 @@ def parameters(arm: str, scale) -> int:
     return count_parameters(replace(c, rank_ratio=None) if arm.startswith("dense") else c)
 
 
-def figure6(found, paper: dict, scale):
+def over_parameters(ax, found, scale, value) -> None:
+    """A line for the low-rank models and one for the dense: value(outcome) over their parameters."""
+    half = len(found) // 2
+    for some, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
+        ax.plot([parameters(o.arm, scale) / 1e6 for o in some], [value(o) for o in some], label=label, ms=6,
+                lw=1.6, **look(some[0].arm.split("@")[0]))
+
+
+def figure6(found, scale):
     """Perplexity of seed 0 over parameters, low-rank and dense, of equal training FLOPs for each pair."""
     fig, (ax,) = panels(1, 6.5, 4.2)
-    half = len(found) // 2
-    for arms, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
-        style = look(arms[0].arm.split("@")[0].replace("dense-flops", "dense"))
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in arms], [math.exp(o.by_seed[0]) for o in arms],
-                label=label, ms=6, lw=1.6, **style)
-    for low, dense in zip(found[:half], found[half:]):
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in (low, dense)],
-                [math.exp(o.by_seed[0]) for o in (low, dense)], color="0.6", lw=0.8, ls=":")
+    over_parameters(ax, found, scale, lambda o: math.exp(o.by_seed[0]))
+    for pair in zip(found[:len(found) // 2], found[len(found) // 2:]):
+        ax.plot([parameters(o.arm, scale) / 1e6 for o in pair], [math.exp(o.by_seed[0]) for o in pair],
+                color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
-    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
-             if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]]
-    ax.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    ax.xaxis.set_minor_formatter("")
-    legend_below(fig, ax)
+    name_ticks(ax.xaxis, [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
+                          if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
     return fig
 
 
-def figure7(found, paper: dict, scale):
+def figure7(found, scale):
     """Normalized accuracy on the three tasks over parameters."""
     fig, axes = panels(3, 10.5)
-    half = len(found) // 2
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
-        for arms, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
-            ax.plot([parameters(o.arm, scale) / 1e6 for o in arms],
-                    [100 * o.scores[f"{task}_acc_norm"] for o in arms], label=label, ms=6,
-                    **look(arms[0].arm.split("@")[0]))
+        over_parameters(ax, found, scale, lambda o: 100 * o.scores[f"{task}_acc_norm"])
         ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
-    legend_below(fig, axes[0])
     return fig
 
 
-# ------------------------------------------- Norms over training --------------------------------------------
-
-def norm_curve(ax, o, key: str) -> None:
-    """Without the last step, whose learning rate is nearly zero."""
-    xs, ys = zip(*[(x, y) for x, y in points(o.logs[0], key)[:-1] if y > 0])
-    style = look(o.arm)
-    ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
-    ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
-
-
-def matrix_of(o) -> str:
-    return read_log(o.logs[0])[0]["config"]["spectra_of"]
+def norm_curves(ax, found, key: str) -> None:
+    """Without the last step, whose learning rate is nearly zero; beside dW the learning rate of Spectron."""
+    for o in found:
+        xs, ys = zip(*[(x, y) for x, y in o.logs[0].points(key)[:-1] if y > 0])
+        style = look(o.arm)
+        ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
+        ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
+    if key == "dW" and found[0].arm == "spectron":
+        ax.plot(*zip(*found[0].logs[0].points("lr")[:-1]), color=BLUE, lw=1.2, ls="--",
+                label="Spectron's learning rate, its bound")
 
 
-def figure2(found, paper: dict, scale):
+def figure2(found, scale):
     """Left, the norm of W's step; right, low-rank over dense, each at its best lr and both at the low-rank
     one's, and the paper's 10 to 30."""
     fig, (left, right) = panels(2)
-    for o in found:
-        norm_curve(left, o, "dW")
-    left.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$ of " + matrix_of(found[0]), yscale="log")
+    norm_curves(left, found, "dW")
     low, dense = found
+    matrix = low.logs[0].config["spectra_of"]
+    left.set(xlabel="step", ylabel=rf"$\|\Delta W\|_2$ of {matrix}", yscale="log")
     for log, label, line in ((dense.logs[0], "ratio, each at its best learning rate", "-"),
                              (log_of(Run(dense.arm, low.lr), scale), f"ratio, both at {low.lr:g}", ":")):
-        if log.is_file():
+        if log:
             right.plot(*zip(*ratios(low.logs[0], log, "dW")[:-1]), color=BLUE, ls=line, lw=1.6, label=label)
     for ratio in 10, 30:
         right.axhline(ratio, color="0.3", ls="--", lw=1.2)
         right.text(0.99, ratio, f"the paper's {ratio}x", transform=right.get_yaxis_transform(), ha="right",
                    va="bottom", fontsize=9, color="0.3")
     right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, low-rank over dense", yscale="log")
-    right.set_yticks([0.5, 1, 2, 5, 10, 30], labels=["0.5", "1", "2", "5", "10", "30"])
-    right.yaxis.set_minor_formatter("")
-    legend_below(fig, left, right, columns=2)
+    name_ticks(right.yaxis, [0.5, 1, 2, 5, 10, 30])
     return fig
 
 
 def ratios(log, other, key: str) -> list[tuple]:
     """(step, what one log has over what the other has)."""
-    there = dict(points(other, key))
-    return [(step, value / there[step]) for step, value in points(log, key) if there.get(step)]
+    there = dict(other.points(key))
+    return [(step, value / there[step]) for step, value in log.points(key) if there.get(step)]
 
 
-def figure3(found, paper: dict, scale):
+def figure3(found, scale):
     """||dW||_2 with Spectron's learning rate, which bounds it; |dy|_rms; ||W||_2."""
     fig, axes = panels(3, 11.5)
     labels = {"dW": r"$\|\Delta W\|_2$", "dy": r"$|\Delta y|_{rms}$ on a fixed probe", "W": r"$\|W\|_2$"}
     for ax, (key, label) in zip(axes, labels.items()):
-        for o in found:
-            norm_curve(ax, o, key)
+        norm_curves(ax, found, key)
         ax.set(xlabel="step", ylabel=label, yscale="linear" if key == "W" else "log")
-        ax.text(0.98, 0.02, matrix_of(found[0]), transform=ax.transAxes, ha="right", fontsize=8, color="0.35")
-    axes[0].plot(*zip(*points(found[0].logs[0], "lr")[:-1]), color=BLUE, lw=1.2, ls="--",
-                 label="Spectron's learning rate, its bound")
-    legend_below(fig, axes[0], columns=4)
+        ax.text(0.98, 0.02, found[0].logs[0].config["spectra_of"], transform=ax.transAxes, ha="right",
+                fontsize=8, color="0.35")
     return fig
 
 
-def readme_figure(found, path) -> None:
+def readme_figure(found) -> None:
     """||dW||_2 of three ways to update the same factors, and the bound that one of them has."""
     fig, (ax,) = panels(1, 8, 4.4)
-    for o in found:
-        norm_curve(ax, o, "dW")
-    ax.plot(*zip(*points(found[0].logs[0], "lr")[:-1]), color=BLUE, lw=1.5, ls="--",
-            label="Spectron's learning rate: its bound")
+    norm_curves(ax, found, "dW")
     ax.set(xlabel="step", ylabel=r"spectral norm of a step of $W = AB^T$", yscale="log")
-    legend_below(fig, ax, columns=2)
-    save(fig, path, "Spectron's step of W stays under its learning rate, which is its bound",
-         f"size nano, {matrix_of(found[0])}, each at its best learning rate")
+    save(fig, RESULTS / "readme.png",
+         "Spectron's step of W stays under its learning rate, which is its bound",
+         f"size nano, {found[0].logs[0].config['spectra_of']}, each at its best learning rate")

@@ -1,28 +1,35 @@
-"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike: a table, a figure."""
+"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike, what else was tried,
+and how even the rows of an orthogonalized momentum are, by kind of matrix and by step.
 
-from paper import draw, runs
+    python -m paper.equilibrated               all of results/equilibrated, from the logs that are there
+    python -m paper.equilibrated --again       with rows.json made again, by training nano for 200 steps
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from baselines.equilibrated import equilibrate
+from lib.checkpoints import load_checkpoint, load_model
+from lib.cli import Parser, command
+from lib.methods import block_matrices
+from paper import draw, logs, runs
 from paper.experiments import Outcome, gap, outcomes_of
-from paper.runs import RESULTS, Scale, best_of, final_loss
-from paper.tables import markdown
-from tools.plot import read_log
+from paper.output import markdown, read_json, save, write, write_json
+from paper.runs import RESULTS, best_of
+from paper.tables import prepare, report
+from spectron import newton_schulz
 
+WHERE = RESULTS / "equilibrated"
 HALF = {"steps": 200, "tokens_per_step": 2048, "lrs": 5, "seeds": 5}
-SETTINGS = [("the offline corpus", {"seeds": 5}), ("half the batch", HALF),
-            ("that, IMDb reviews", HALF | {"data": "data/imdb-bytes"}),
-            ("a width of 384", {"scale": "nano-7.3M"}),
-            ("four times the steps", {"steps": 800, "seeds": 5})]
+SETTINGS = {label: runs.scale_of(**{"scale": "nano"} | given) for label, given in {
+    "the offline corpus": {"seeds": 5}, "half the batch": HALF,
+    "that, IMDb reviews": HALF | {"data": "data/imdb-bytes"}, "a width of 384": {"scale": "nano-7.3M"},
+    "four times the steps": {"steps": 800, "seeds": 5}}.items()}
 GOAL = -0.03  # nats
-
-
-def scales() -> dict[str, Scale]:
-    """By the name of the setting."""
-    return {label: runs.scale_of(**{"scale": "nano"} | given) for label, given in SETTINGS}
-
-
-def pairs() -> dict[str, list[Outcome]]:
-    """(Spectron, equilibrated Spectron) in every setting whose runs are there."""
-    found = {label: outcomes_of("equilibrated", scale) for label, scale in scales().items()}
-    return {label: pair for label, pair in found.items() if all(o.logs for o in pair)}
 
 
 def table(found: dict) -> str:
@@ -31,7 +38,7 @@ def table(found: dict) -> str:
     rows = []
     for label, (plain, even) in found.items():
         difference, interval, seeds = gap(plain, even)
-        scale = scales()[label]
+        scale = SETTINGS[label]
         rows.append([label, f"{scale.steps} x {scale.tokens_per_step:,}", f"{plain.lr:g}", str(plain),
                      f"{even.lr:g}", str(even), f"{difference:+.3f}",
                      "" if interval is None else f"± {interval:.3f}", str(seeds),
@@ -39,7 +46,7 @@ def table(found: dict) -> str:
     return markdown(head, rows)
 
 
-CANDIDATES = {  # CAND of candidates.diff; silu is CoLA's layer under Spectron
+CANDIDATES = {  # silu is CoLA's layer under Spectron
     "no1": "radius without its + 1", "exact": "radius from the exact norm of dW",
     "half": "rows divided by the root of their length", "after": "rows normalized after the polar factor",
     "kinds": "ranks by kind of matrix", "silu": "silu between the factors",
@@ -49,29 +56,31 @@ CANDIDATES = {  # CAND of candidates.diff; silu is CoLA's layer under Spectron
     "spectron-rank1": "rank ratio 1", "silu-rank1": "rank ratio 1, silu"}
 
 
-def candidate(name: str, folder: str) -> Outcome:
-    """What an idea came to, from its logs in results/equilibrated/candidates/<folder>."""
-    logs = {}
-    for log in sorted((RESULTS / "equilibrated/candidates" / folder).glob(f"{name}-lr*")):
-        lr, seed = log.stem.removeprefix(f"{name}-lr").split("-seed")
-        logs[float(lr), int(seed)] = log
-    grid = {lr: final_loss(log) for (lr, seed), log in sorted(logs.items()) if seed == 0}
+def candidate(name: str, pack: str) -> Outcome:
+    """What an idea came to, from its logs."""
+    path, found = WHERE / f"candidates-{pack}.jsonl", {}
+    for run in logs.read(path):
+        idea, rest = run.split("-lr")
+        if idea == name:
+            lr, seed = rest.split("-seed")
+            found[float(lr), int(seed)] = logs.get(path, run)
+    grid = {lr: log.final_loss for (lr, seed), log in sorted(found.items()) if seed == 0}
     best = best_of(grid)
-    logs = {seed: log for (lr, seed), log in sorted(logs.items()) if lr == best}
-    return Outcome(name, grid, best, {seed: final_loss(log) for seed, log in logs.items()},
-                   list(logs.values()))
+    by_seed = {seed: log for (lr, seed), log in sorted(found.items()) if lr == best}
+    return Outcome(name, grid, best, {seed: log.final_loss for seed, log in by_seed.items()},
+                   list(by_seed.values()))
 
 
-def candidates() -> str:
+def candidates(found: dict) -> str:
     """What else was tried, each at its best learning rate, beside Spectron and equilibrated Spectron."""
-    short, long = (pairs()[label] for label in ("the offline corpus", "four times the steps"))
-    found = [(o.label, o, ends) for o, ends in zip(short, long)]
-    found += [(label, candidate(name, "200x4096"), candidate(name, "800x4096"))
+    short, long = (found[label] for label in ("the offline corpus", "four times the steps"))
+    tried = [(o.label, o, ends) for o, ends in zip(short, long)]
+    tried += [(label, candidate(name, "200x4096"), candidate(name, "800x4096"))
               for name, label in CANDIDATES.items()]
     rows = []
-    for label, o, ends in found:
-        records, (difference, interval, seeds) = read_log(o.logs[0])[1], gap(short[1], o)
-        gauge = max(r["gauge"] for r in records if r.get("gauge") is not None)
+    for label, o, ends in tried:
+        difference, interval, seeds = gap(short[1], o)
+        gauge = max(value for _, value in o.logs[0].points("gauge"))
         over = f"{difference:+.3f}" + (f" ± {interval:.3f}" if seeds > 1 else "") if difference else ""
         rows.append([label, f"{o.lr:g}", str(o), over,
                      str(len(o.losses)), f"{gauge:.2f}", f"{o.flops:.2e}",
@@ -97,6 +106,116 @@ def figure(found: dict):
              xlabel="equilibrated minus Spectron (nats per byte)\n95% intervals; dotted: the goal")
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
               ylabel="final loss above Spectron's best")
-    draw.name_ticks(right, {lr for pair in found.values() for o in pair for lr in o.grid})
-    draw.legend_below(fig, right)
+    draw.name_lrs(right, {lr for pair in found.values() for o in pair for lr in o.grid})
     return fig
+
+
+STEPS, TIMES = (5, 50, 200), {0: "Spectron", 1: "equilibrated", 2: "equilibrated, times=2"}
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_tokens 16384"
+
+
+def rows_of(checkpoint: dict) -> list[dict]:
+    """A record for each kind of matrix, factor and number of times: the lengths of the rows of the
+    orthogonalized momentum over their root mean square, over all blocks."""
+    model, momenta, records = load_model(checkpoint, "cpu"), {}, []
+    states = iter(checkpoint["optimizers"][0]["state"].values())
+    assert model.factor_pairs()[0][0] is list(block_matrices(model).values())[0].A  # the optimizer's order
+    for name in block_matrices(model):
+        for factor in "AB":
+            M = next(states)["momentum_buffer"].double()
+            momenta.setdefault((name.split(".")[-1], factor), []).append(M)
+    for (kind, factor), Ms in momenta.items():
+        for times in TIMES:
+            M = torch.stack(Ms)  # (blocks, rows, rank)
+            rows = torch.linalg.vector_norm(newton_schulz(equilibrate(M, times, 5) if times else M), dim=-1)
+            rows = rows / rows.square().mean(-1, keepdim=True).sqrt()
+            records.append({"step": checkpoint["step"], "kind": kind, "factor": factor, "times": times,
+                            "min": float(rows.min()), "max": float(rows.max()),
+                            "std": float(rows.std(-1).mean())})
+    return records
+
+
+def balance(checkpoint: dict) -> list[dict]:
+    """sigma_A / sigma_B of each matrix, the least and the most of each kind; 1 at the start."""
+    model, found = load_model(checkpoint, "cpu"), {}
+    for name, layer in block_matrices(model).items():
+        A, B = (torch.linalg.matrix_norm(p.detach().double(), ord=2) for p in (layer.A, layer.B))
+        found.setdefault(name.split(".")[-1], []).append(float(A / B))
+    return [{"step": checkpoint["step"], "kind": kind, "min_ratio": min(x), "max_ratio": max(x)}
+            for kind, x in found.items()]
+
+
+def measure(out: Path) -> list[dict]:
+    """The rows after some steps of a run, and the balance at its end."""
+    records = []
+    for step in STEPS:
+        flags = f"{TRAIN} --stop_at {step} --resume auto --out {shlex.quote(str(out))}"
+        subprocess.run([sys.executable, "train.py", *shlex.split(flags)], check=True)
+        records += rows_of(load_checkpoint(out))
+    return records + balance(load_checkpoint(out))
+
+
+def rows_figure(records):
+    fig, axes = draw.panels(len(STEPS), 9, 4.6, sharey=True)
+    for ax, step in zip(axes, STEPS):
+        for (times, label), colour in zip(TIMES.items(), draw.COLOURS):
+            some = [r for r in records if (r["step"], r.get("times")) == (step, times)]
+            places = [2.6 * KINDS.index(r["kind"]) + 1.3 * (r["factor"] == "B") + 0.3 * times for r in some]
+            ax.vlines(places, [r["min"] for r in some], [r["max"] for r in some], color=colour, lw=1.8,
+                      label=label)
+        ax.axhline(1, color="0.6", lw=0.8, zorder=0)
+        ax.set(xlabel=f"step {step}")
+        ax.set_xticks([2.6 * i + 0.95 for i in range(len(KINDS))],
+                      [kind.removesuffix("_proj") for kind in KINDS], rotation=60)
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("length of a row of O over their RMS:\nfrom the shortest to the longest")
+    return fig
+
+
+def rows_page(records) -> str:
+    rows = [[str(step), str(times), ", ".join(
+        f"{kind.removesuffix('_proj')} " + "/".join(f"{r['std']:.2f}" for r in records if (
+            r["step"], r.get("times"), r["kind"]) == (step, times, kind)) for kind in KINDS)]
+        for step in STEPS for times in TIMES]
+    ratios = ", ".join(f"{r['kind'].removesuffix('_proj')} {r['min_ratio']:.2f} to {r['max_ratio']:.2f}"
+                       for r in records if "min_ratio" in r)
+    table = markdown(["step", "times", "kinds, A and B: standard deviation of the rows' lengths"], rows)
+    return ("# How even the rows are\n\n`python -m paper.equilibrated`. Nano, 200 steps, lr 0.2, momentum "
+            f"0.7, seed 0; all four blocks.\n\n{table}\nsigma_A / sigma_B after the last step, the least and "
+            f"the most of four blocks: {ratios}.\n\n![figure](rows.png)\n")
+
+
+def everywhere(again: bool = False) -> None:
+    for scale in SETTINGS.values():
+        prepare("equilibrated", scale)
+        report("equilibrated", scale)
+    found = {label: outcomes_of("equilibrated", scale) for label, scale in SETTINGS.items()}
+    write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
+          f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
+          "Each idea at its best of at least three learning rates. The code was a patch, which the history "
+          "has: `git show 1a098c9:results/equilibrated/candidates.diff`, whose variable CAND names the idea, "
+          "e.g. exact. Each line of the logs has its flags ([200 steps](candidates-200x4096.jsonl), "
+          "[800 steps](candidates-800x4096.jsonl)). The exact norm was run on a CPU, and 800 steps at three "
+          f"learning rates.\n\n{candidates(found)}")
+    save(figure(found), WHERE / "figure.png",
+         "After 200 steps even rows have lowered the loss; after 800 little of it is left", "")
+    if again or not (WHERE / "rows.json").is_file():
+        write_json(WHERE / "rows.json", measure(Path("out/paper/rows")))
+    records = read_json(WHERE / "rows.json")
+    write(WHERE / "rows.md", rows_page(records))
+    save(rows_figure(records), WHERE / "rows.png", "The rows of A of gate and up and of B of down are the "
+         "uneven ones; dividing once makes the even ones less even, and correcting once evens all",
+         "Size nano; two groups of bars for each matrix, A left and B right, over all blocks")
+    print(f"{WHERE}/README.md, figure.png, rows.md, rows.png")
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--again", action="store_true", help="train again, although rows.json is there")
+    everywhere(parser.parse_args(argv).again)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,8 @@
 """The experiments: which arms a table or figure of the paper compares, and what came of them here."""
 
-import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +12,15 @@ import torch
 
 import train
 from model import ALIASES, Llama, LlamaConfig
-from paper import draw, runs
+from paper import draw
 from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, RIVALS, TRANSFERRED
-from paper.runs import Run, Scale, best_of, final_loss, log_of, tried
+from paper.output import read_json
+from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step, tried
 from tools import plan
-from tools.plot import read_log
 
-PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
+PAPER = read_json(Path(__file__).with_name("paper.json"))  # low-rank sizes of Table 5, otherwise perplexities
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
-ABLATED = "S", ALIASES["S"]  # Tables 2 and 3 are of this size alone
 
-
-# ------------------------------------------ What the runs came to -------------------------------------------
 
 @dataclass
 class Outcome:
@@ -34,6 +30,9 @@ class Outcome:
     lr: float | None  # the best
     by_seed: dict  # seed -> validation loss at that lr, None where it diverged
     logs: list  # of the seeds at that lr
+    scores: dict = field(default_factory=dict)  # what eval.py said of the first seed; nothing at nano
+    paper: float | None = None  # the paper's perplexity
+    seconds: float | None = None  # of a step, as paper.bench timed it
 
     @property
     def label(self) -> str:
@@ -45,29 +44,21 @@ class Outcome:
 
     @property
     def steps(self) -> int | None:
-        return read_log(self.logs[0])[0]["config"]["steps"] if self.logs else None
+        return self.logs[0].config["steps"] if self.logs else None
 
     @property
     def flops(self) -> float | None:
-        return read_log(self.logs[0])[1][-1].get("flops") if self.logs else None
+        return self.logs[0].steps[-1].get("flops") if self.logs else None
 
     @cached_property
     def memory(self) -> dict:
-        """Bytes of weights, gradients and optimizer state, and how many parameters are trained."""
-        c = SimpleNamespace(**read_log(self.logs[0])[0]["config"])
+        """How many parameters are trained, bytes of the optimizer's state, and with weights and gradients."""
+        c = SimpleNamespace(**self.logs[0].config)
         with torch.device("meta"):
             model = Llama(LlamaConfig(**c.model), train.find_method(c.method, c.method_args).linear)
-        return plan.memory(c, model) | {"parameters": sum(p.numel() for p in model.parameters())}
-
-    @property
-    def training_memory(self) -> int:
-        return sum(self.memory[key] for key in ("weights", "gradients", "optimizer"))
-
-    @property
-    def scores(self) -> dict:
-        """What eval.py said of the first seed; nothing at nano."""
-        path = self.logs[0].with_suffix(".scores.json") if self.logs else None
-        return json.loads(path.read_text("utf-8")) if path and path.is_file() else {}
+        needed = plan.memory(c, model)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "optimizer": needed["optimizer"],
+                "all": sum(needed[key] for key in ("weights", "gradients", "optimizer"))}
 
     @property
     def mean(self) -> float:
@@ -95,12 +86,13 @@ class Outcome:
                 + (f", {lost} of {len(self.by_seed)} diverged" if lost else ""))
 
 
-def outcome(name: str, scale: Scale, few: bool = False) -> Outcome:
-    grid, _ = tried(name, scale, few)
+def outcome(name: str, scale: Scale) -> Outcome:
+    grid, _ = tried(name, scale)
     lr = best_of(grid)
-    logs = {seed: log_of(Run(name, lr, seed), scale) for seed in range(scale.seeds)} if lr else {}
-    logs = {seed: log for seed, log in logs.items() if log.is_file()}
-    return Outcome(name, grid, lr, {seed: final_loss(log) for seed, log in logs.items()}, list(logs.values()))
+    found = {seed: log for seed in range(scale.seeds) if lr and (log := log_of(Run(name, lr, seed), scale))}
+    scores = read_json(scores_of(Run(name, lr or 0), scale)) or {}
+    by_seed = {seed: log.final_loss for seed, log in found.items()}
+    return Outcome(name, grid, lr, by_seed, [*found.values()], scores)
 
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
@@ -114,8 +106,6 @@ def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
     return (statistics.mean(pairs), T95.get(len(pairs), 2.6) * statistics.stdev(pairs) / len(pairs)**0.5,
             len(pairs))
 
-
-# ------------------------------------------ The tables and figures ------------------------------------------
 
 def consecutive(found):
     """Each arm with the next one, in the paper's order."""
@@ -142,34 +132,15 @@ class Experiment:
     """A table or figure of the paper. `arms` are in the paper's order, the best first."""
     title: str
     arms: tuple
-    figure: Callable  # (outcomes, paper's perplexities, scale) -> matplotlib figure
+    figure: Callable  # (outcomes, scale) -> matplotlib figure
     message: str  # what the committed figure at nano shows
     note: str  # what differs from the paper
-    paper: Callable = lambda size: {}  # the paper's perplexities at this size, by arm
-    few: bool = False  # three learning rates for each arm
-    single: tuple | None = ()  # arms that need no more than one seed; None: all
+    few: bool = False  # three learning rates for each arm, as they are many or cost much
+    single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
     pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
     norms: bool = False  # it is about norms over training
     memory: bool = False  # columns of what each arm costs
-
-
-def paper_table1(size: str) -> dict:
-    row = PAPER["table1"].get({full: short for short, full in ALIASES.items()}.get(size, size), {})
-    return {arm: values[0] for arm, values in row.items()}
-
-
-def paper_table2(size: str) -> dict:
-    names = {(True, True): "spectron", (True, False): "orthogonalize", (False, True): "renormalize",
-             (False, False): "neither"}
-    return {names[row["orthogonalize"], row["renormalize"]]: row["perplexity"]
-            for row in PAPER["table2_ablation_S"] if size in ABLATED}
-
-
-def paper_table3(size: str) -> dict:
-    names = {0.25: "spectron", 0.4: "rank-0.4", 0.125: "rank-0.125"}
-    return {names[row["rank_ratio"]]: row["perplexity"]
-            for row in PAPER["table3_rank_ratio_S"] if size in ABLATED}
 
 
 def ladder(scale: Scale) -> tuple:
@@ -186,16 +157,16 @@ EXPERIMENTS = {
         draw.curves_and_gaps,
         "Without orthogonalization the loss is far worse; with it, renormalization does not lower it",
         "The paper leaves open the direction of a momentum that is not orthogonalized. Here it is divided by "
-        "its spectral norm.", paper_table2),
+        "its spectral norm."),
     "table1": Experiment(
         "Table 1 with Figures 4 and 14a: three ways to train factors", ("spectron", "self-guided", "adamw"),
         draw.curves_and_gaps, "Spectron ends far below self-guided training and AdamW", ONE_SCHEDULE,
-        paper_table1, tasks=True),
+        tasks=True),
     "table3": Experiment(
         "Table 3 and Figure 11: the rank ratio, 0.25 where not said", ("rank-0.4", "spectron", "rank-0.125"),
         draw.curves_and_gaps,
         "A rank ratio of 0.125 ends far above 0.25; 0.4 ends below it, by less than the interval",
-        "At 0.4 the down projection has more parameters than if it were dense.", paper_table3, few=True),
+        "At 0.4 the down projection has more parameters than if it were dense.", few=True),
     "fig12": Experiment(
         "Figure 12: final loss over the learning rate",
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
@@ -235,29 +206,29 @@ EXPERIMENTS = {
         "GaLore's own gap of 200 steps never ends in a run of 200; ReLoRA's own is a restart each quarter. "
         "SCT's 199 times less memory, for a layer of 8,192 x 28,672 at rank 32, holds by count and as "
         "measured at a size 64 times smaller (tests/test_rivals.py).",
-        few=True, single=None, pairs=lambda found: []),
+        few=True, single=True, pairs=lambda found: []),
     "transfer": Experiment(
         "The learning rate over widths and rank ratios", tuple(sum(TRANSFERRED.values(), [])),
         draw.transfer,
         "From a width of 64 on all shapes share one best learning rate under Spectron, and under Muon on "
         "factors; AdamW's moves",
-        "Models of two layers, seed 0.", single=None, pairs=lambda found: []),
+        "Models of two layers, seed 0.", single=True, pairs=lambda found: []),
     "adam_lr": Experiment(
         "The learning rate of embedding, head and norms, adam_lr",
         tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr,
         "Methods that use AdamW want ten times the adam_lr of the orthogonalized ones",
         "Each arm is at its best lr. Where no adam_lr is said, it is 3e-3, for Muon on factors 1e-2, and for "
         "all with AdamW or a guide 3e-2.",
-        single=None,
+        single=True,
         pairs=lambda found: []),
     "momentum": Experiment(
         "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
-        few=True, single=None, pairs=lambda found: []),
+        few=True, single=True, pairs=lambda found: []),
     "fig2": Experiment(
         "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
         "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",
         "The paper draws layer 4 and does not say which learning rates it used; here it is the third of four "
-        "blocks.", single=("dense-adamw",), pairs=against_first, norms=True),
+        "blocks.", pairs=against_first, norms=True),
     "fig3": Experiment(
         "Figure 3: the norms of one matrix", ("spectron", "orthogonalize", "adamw"), draw.figure3,
         "Spectron's step of W stays under its learning rate; AdamW's norms do not explode at nano",
@@ -279,24 +250,25 @@ EXPERIMENTS = {
         "Figure 6: perplexity over parameters", (), draw.figure6,
         "At equal FLOPs each low-rank model ends below its dense twin, the more the larger it is",
         "Every low-rank model sees the same tokens, and its dense twin as many as cost the same; the paper "
-        "gives larger models more tokens.", few=True, single=None, pairs=same_shape),
+        "gives larger models more tokens.", few=True, single=True, pairs=same_shape),
     "fig7": Experiment(
         "Figure 7: downstream accuracy over parameters", (), draw.figure7, "",
-        "The same models as Figure 6's.", few=True, single=None, tasks=True, pairs=same_shape),
+        "The same models as Figure 6's.", few=True, single=True, tasks=True, pairs=same_shape),
 }
 
 
-def arms_of(name: str, scale: Scale) -> tuple:
-    return EXPERIMENTS[name].arms or ladder(scale)
-
-
-def single_of(name: str, scale: Scale) -> tuple:
-    single = EXPERIMENTS[name].single
-    return arms_of(name, scale) if single is None else single
+def arms_and_scale(name: str, scale: Scale) -> tuple[tuple, Scale]:
+    """The arms of an experiment, and a scale with as many learning rates and seeds as it has."""
+    e = EXPERIMENTS[name]
+    return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,
+                                            seeds=1 if e.single else scale.seeds)
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
-    """Where one seed is enough for all arms, the others that some have are left out."""
-    if EXPERIMENTS[name].single is None:
-        scale = replace(scale, seeds=1)
-    return [outcome(arm, scale, EXPERIMENTS[name].few) for arm in arms_of(name, scale)]
+    """At nano the paper's perplexities are those of its smallest main model."""
+    size = "134M" if scale.size == "nano" else ALIASES.get(scale.size, scale.size)
+    arms, scale = arms_and_scale(name, scale)
+    found = [outcome(arm, scale) for arm in arms]
+    for o in found:
+        o.paper, o.seconds = PAPER.get(name, {}).get(size, {}).get(o.arm), seconds_per_step(o.arm, scale)
+    return found

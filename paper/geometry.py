@@ -3,11 +3,13 @@
     python -m paper.geometry              tables and figures in results/geometry, from the values there
     python -m paper.geometry --measure    train and measure first what is missing: hours
 
-The runs are those of the comparison, at each method's best learning rate and with numbered checkpoints. W is
-multiplied out for every method that has one; CoLA, whose layers are not linear, has activations only.
+Our reconstruction of the metrics of "Beyond Perplexity" (arXiv 2605.13652), whose abstract names four
+dimensions and not their members: the landscape around the weights, the paths between them, the spectra of W
+and of its updates, and the activations beside a densely trained model's. W is multiplied out, so that one
+direction or one path means the same for every method; CoLA, whose layers are not linear, has activations
+only. The runs are those of the comparison, at each method's best learning rate, with numbered checkpoints.
 """
 
-import json
 import math
 from dataclasses import replace
 from itertools import combinations
@@ -15,20 +17,20 @@ from itertools import combinations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.func import functional_call
 
 from data import open_split
-from lib.cli import Parser, UserError, command
-from lib.files import replacing
 from lib.checkpoints import load_checkpoint, load_model
-from lib.ranks import choose_device
+from lib.cli import Parser, UserError, command
 from lib.methods import block_matrices
-from model import Llama, LlamaConfig
-from paper import draw, metrics, runs
+from lib.ranks import choose_device
+from model import Llama
+from paper import draw, logs, runs
 from paper.arms import ARMS
 from paper.experiments import outcome
+from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import OUT, RESULTS, Run
-from paper.tables import markdown
 
 WHERE = RESULTS / "geometry"
 ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
@@ -37,7 +39,6 @@ FULL = "dense-adamw"  # what activations are compared with: the same optimizer a
 STEPS, KEPT, SEEDS = 200, 50, 3
 SCALE = replace(runs.scale_of("nano", steps=STEPS), name="geometry", seeds=SEEDS,
                 flags=("--keep_every", str(KEPT)))
-RANDOM, PRINCIPAL = metrics.grid(0.003, 6), metrics.grid(0.05, 6)  # offsets; the authors' reach
 DIRECTIONS, TOP = 10, 10
 WINDOWS = 8  # of validation, on which every loss and activation here is taken
 DIMENSIONS = {
@@ -61,13 +62,88 @@ MESSAGES = {
     "activations": "GaLore and Fira compute most nearly what dense training with AdamW does"}
 
 
-# ------------------------------------------- Weights of a method --------------------------------------------
+def offsets(reach: float, half: int = 6) -> list[float]:
+    """An odd number of them, with zero exactly in the middle."""
+    return [reach * i / half for i in range(-half, half + 1)]
 
-def checkpoint(run: Run, step: int) -> dict:
-    return load_checkpoint(OUT / SCALE.name / run.name / f"ckpt-{step:06}.pt")
+
+def random_direction(weights: list[Tensor], seed: int, normalised: bool = False) -> list[Tensor]:
+    """Standard normal, of one size per entry; normalised: of each tensor's own norm."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
+    return [d * w.norm() / d.norm() for d, w in zip(drawn, weights)] if normalised else drawn
 
 
-def materialised(model) -> dict[str, torch.Tensor] | None:
+def principal_directions(weights: list[Tensor], count: int) -> list[list[Tensor]]:
+    """The kth has sigma_k u_k v_k^T of each matrix, and zero for the gains of the norms."""
+    parts = [torch.linalg.svd(w, full_matrices=False) if w.ndim == 2 else None for w in weights]
+    return [[part[1][k] * torch.outer(part[0][:, k], part[2][k]) if part and k < len(part[1]) else
+             torch.zeros_like(w) for w, part in zip(weights, parts)] for k in range(count)]
+
+
+def line(loss, weights: list[Tensor], direction: list[Tensor], offsets) -> list[float]:
+    """loss(weights + x direction) for each offset x."""
+    return [loss([w + x * d for w, d in zip(weights, direction)]) for x in offsets]
+
+
+def sharpness(losses) -> float:
+    """How much higher the loss is on both sides than in the middle, on average over the offsets."""
+    L, c = np.asarray(losses), len(losses) // 2
+    return float(np.mean([(L[c + d] + L[c - d]) / 2 - L[c] for d in range(1, c + 1)]))
+
+
+def barrier(loss, start: list[Tensor], end: list[Tensor], points: int = 11) -> float:
+    """How far the loss on the way from start to end rises above the straight line between its ends; 0 or less
+    without a barrier, as on every convex path. The authors take the mean of the ends, which counts a slope as
+    a barrier."""
+    losses = line(loss, start, [b - a for a, b in zip(start, end)], [i / (points - 1) for i in range(points)])
+    return float((np.asarray(losses) - np.linspace(losses[0], losses[-1], points))[1:-1].max())
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of the singular values as shares."""
+    p = s[s > 1e-12] / s[s > 1e-12].sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def stable_rank(s: Tensor) -> float:
+    return float(s.square().sum() / s.max().square()) if s.max() > 0 else 0.0
+
+
+def gap(s: Tensor) -> float:
+    return float((s[0] - s[1]) / s[0]) if s[0] > 0 else 0.0
+
+
+def cka(X: Tensor, Y: Tensor) -> float:
+    """Linear centred kernel alignment of X (tokens, D) and Y (tokens, E): 1 up to rotation and scale."""
+    X, Y = X.double() - X.double().mean(0), Y.double() - Y.double().mean(0)
+    return float((Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm()))
+
+
+def distance(X: Tensor, Y: Tensor) -> float:
+    """The mean length of the difference of two activations of a token."""
+    return float((X - Y).norm(dim=-1).mean())
+
+
+def relative_distance(X: Tensor, Y: Tensor) -> float:
+    """That, over the mean length of X's."""
+    return distance(X, Y) / float(X.norm(dim=-1).mean())
+
+
+def cosine(X: Tensor, Y: Tensor) -> float:
+    return float(F.cosine_similarity(X, Y, dim=-1).mean())
+
+
+def checkpoint(arm: str, seed: int, step: int) -> dict:
+    return load_checkpoint(OUT / SCALE.name / Run(arm, lr_of(arm), seed).name / f"ckpt-{step:06}.pt")
+
+
+def lr_of(arm: str) -> float:
+    """The best one of the comparison; where that was not made, the one its grid lies around."""
+    return outcome(arm, runs.scale_of("nano", steps=STEPS)).lr or ARMS[arm].lr
+
+
+def materialised(model) -> dict[str, Tensor] | None:
     """The weights of the densely parametrized Llama that computes the same function, float32; None where
     there is none."""
     try:
@@ -75,82 +151,75 @@ def materialised(model) -> dict[str, torch.Tensor] | None:
                  for name, layer in block_matrices(model).items()}
     except UserError:  # CoLA
         return None
-    names = {name for name, _ in dense_twin(model).named_parameters()}
+    with torch.device("meta"):
+        twin = Llama(replace(model.config, rank_ratio=None))
+    names = {name for name, _ in twin.named_parameters()}
     found |= {name: p for name, p in model.named_parameters() if name in names and name not in found}
     return {name: found[name].detach().float() for name in sorted(names)}
 
 
-def dense_twin(model) -> Llama:
-    with torch.device("meta"):
-        return Llama(replace(model.config, rank_ratio=None))
-
-
 class Loss:
-    """Mean loss of a dense Llama with given weights on fixed validation tokens."""
+    """Mean loss of a dense Llama with given weights on fixed validation tokens. c: the settings of a run."""
 
-    def __init__(self, config: LlamaConfig, data: str, tokenizer: str):
-        self.split, device = open_split(data, "val", config.seq_len, tokenizer), choose_device()
+    def __init__(self, config, c: dict):
+        self.split, device = open_split(c["data"], "val", config.seq_len, c["tokenizer"]), choose_device()
         self.x, self.y = (t.to(device) for t in self.split.read(range(min(WINDOWS, self.split.windows))))
         self.model = Llama(replace(config, rank_ratio=None)).to(device)
         self.names = sorted(name for name, _ in self.model.named_parameters())
 
     @torch.no_grad()
-    def __call__(self, weights: list[torch.Tensor]) -> float:
+    def __call__(self, weights: list[Tensor]) -> float:
         logits = functional_call(self.model, dict(zip(self.names, weights)), (self.x,))
         return F.cross_entropy(logits[..., :self.split.vocab_size].flatten(0, 1).float(),
                                self.y.flatten()).item()
 
 
-@torch.no_grad()
-def activations(model, x) -> list[torch.Tensor]:
-    """(tokens, D) after the embedding and after each block."""
-    found = []
-    hooks = [module.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, 1).float()))
-             for module in (model.embedding, *model.blocks)]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-# ----------------------------------------------- Measurements -----------------------------------------------
-
-def measure(run: Run, step: int) -> dict:
+def measure(arm: str, seed: int, step: int) -> dict:
     """Every metric of one checkpoint; those over weights are left out where there is no W."""
-    full = Run(FULL, lr_of(FULL), run.seed)
-    device = choose_device()
-    saved = {at: checkpoint(run, at) for at in (step - KEPT, step) if at > 0}
-    config = saved[step]["config"]
-    model = load_model(saved[step], device).eval()
-    full_model = load_model(checkpoint(full, step), device).eval()
-    loss = Loss(model.config, config["data"], config["tokenizer"])
-    found = {"arm": run.arm, "seed": run.seed, "step": step} | compared(model, full_model, loss.x)
+    saved, device = checkpoint(arm, seed, step), choose_device()
+    model, full = (load_model(c, device).eval() for c in (saved, checkpoint(FULL, seed, step)))
+    loss = Loss(model.config, saved["config"])
+    found = {"arm": arm, "seed": seed, "step": step} | compared(model, full, loss.x)
     here = materialised(model)
     if here is None:
         return found
     weights = list(here.values())
     found |= {"loss": loss(weights)} | landscape(loss, weights)
-    found["dense_barrier"] = metrics.barrier(
-        metrics.path(loss, weights, list(materialised(full_model).values())))
-    before = materialised(load_model(saved[step - KEPT], device)) if step > KEPT else None
+    found["dense_barrier"] = barrier(loss, weights, list(materialised(full).values()))
+    before = materialised(load_model(checkpoint(arm, seed, step - KEPT), device)) if step > KEPT else None
     if before:
-        found["consecutive_barrier"] = metrics.barrier(metrics.path(loss, list(before.values()), weights))
+        found["consecutive_barrier"] = barrier(loss, list(before.values()), weights)
     return found | spectra(here, before)
 
 
-def landscape(loss, weights: list) -> dict:
-    """The same directions for every method, by their seeds."""
-    raw, normalised = ([metrics.line(loss, weights, metrics.random_direction(weights, seed, per_tensor),
-                                     [20 * x for x in RANDOM] if per_tensor else RANDOM)
-                        for seed in range(DIRECTIONS)] for per_tensor in (False, True))
-    parts = metrics.svd_of(weights)
-    principal = [metrics.line(loss, weights, metrics.principal_direction(weights, k, parts), PRINCIPAL)
-                 for k in range(TOP)]
-    return {"random_sharpness": metrics.sharpness(np.mean(raw, 0)),
-            "normalised_sharpness": metrics.sharpness(np.mean(normalised, 0)),
-            "random_variance": metrics.average_variance(raw),
-            "pca1_sharpness": metrics.sharpness(principal[0]),
-            "pcak_sharpness": metrics.sharpness(np.mean(principal, 0)),
+@torch.no_grad()
+def compared(model, full, x) -> dict:
+    """The activations after the embedding and after each block beside the dense model's, and on average."""
+    def activations(model) -> list[Tensor]:  # (tokens, D) each
+        found = []
+        hooks = [module.register_forward_hook(lambda _, __, out: found.append(out.flatten(0, 1).float()))
+                 for module in (model.embedding, *model.blocks)]
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        return found
+    pairs = list(zip(activations(full), activations(model)))
+    by_layer = {metric.__name__: [metric(X, Y) for X, Y in pairs]
+                for metric in (distance, relative_distance, cosine, cka)}
+    return {name: float(np.mean(values)) for name, values in by_layer.items()} | {"by_layer": by_layer}
+
+
+def landscape(loss, weights: list[Tensor]) -> dict:
+    """The same directions for every method, by their seeds; the reach is the authors'."""
+    raw, normalised = (
+        [line(loss, weights, random_direction(weights, seed, per_tensor), offsets(reach))
+         for seed in range(DIRECTIONS)] for per_tensor, reach in ((False, 0.003), (True, 0.06)))
+    principal = [line(loss, weights, direction, offsets(0.05))
+                 for direction in principal_directions(weights, TOP)]
+    return {"random_sharpness": sharpness(np.mean(raw, 0)),
+            "normalised_sharpness": sharpness(np.mean(normalised, 0)),
+            "random_variance": float(np.var(raw, axis=0).mean()),
+            "pca1_sharpness": sharpness(principal[0]), "pcak_sharpness": sharpness(np.mean(principal, 0)),
             "random_curve": list(np.mean(raw, 0)), "pca1_curve": list(principal[0])}
 
 
@@ -158,9 +227,8 @@ def spectra(here: dict, before: dict | None) -> dict:
     """Means over the matrices of the blocks."""
     def means(matrices, prefix):
         values = [torch.linalg.svdvals(W) for W in matrices]
-        return {f"{prefix}_{name}": float(np.mean([f(s) for s in values])) for name, f in (
-            ("effective_rank", metrics.effective_rank), ("stable_rank", metrics.stable_rank),
-            ("gap", metrics.spectral_gap))}
+        return {f"{prefix}_{metric.__name__}": float(np.mean([metric(s) for s in values]))
+                for metric in (effective_rank, stable_rank, gap)}
     names = [name for name, w in here.items() if name.startswith("blocks.") and w.ndim == 2]
     found = means([here[name] for name in names], "W")
     if before:
@@ -171,17 +239,12 @@ def spectra(here: dict, before: dict | None) -> dict:
     return found
 
 
-def compared(model, full_model, x) -> dict:
-    """The activations beside the dense model's: over the layers, and on average."""
-    pairs = list(zip(activations(full_model, x), activations(model, x)))
-    by_layer = {name: [getattr(metrics, name)(X, Y) for X, Y in pairs]
-                for name in ("distance", "relative_distance", "cosine", "cka")}
-    return {name: float(np.mean(values)) for name, values in by_layer.items()} | {"by_layer": by_layer}
-
-
-def lr_of(arm: str) -> float:
-    """The best one of the comparison; where that was not made, the one its grid lies around."""
-    return outcome(arm, runs.scale_of("nano", steps=STEPS)).lr or ARMS[arm].lr
+def basins() -> dict:
+    """The barrier between each two methods after the last step of seed 0."""
+    models = {arm: load_model(checkpoint(arm, 0, STEPS), choose_device()) for arm in ARMS_HERE}
+    weights = {arm: list(found.values()) for arm, model in models.items() if (found := materialised(model))}
+    loss = Loss(models[FULL].config, checkpoint(FULL, 0, STEPS)["config"])
+    return {f"{a} {b}": barrier(loss, weights[a], weights[b]) for a, b in combinations(weights, 2)}
 
 
 def make() -> None:
@@ -189,37 +252,12 @@ def make() -> None:
     wanted = [Run(arm, lr_of(arm), seed) for seed in range(SEEDS) for arm in ARMS_HERE]
     runs.make_all(wanted, SCALE)
     for run in wanted:
-        path = WHERE / "values" / f"{run.name}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = [measure(run, step) for step in range(KEPT, STEPS + 1, KEPT)]
-            with replacing(path, "w") as file:
-                json.dump(found, file)
+        if run.name not in logs.read(WHERE / "values.jsonl"):
+            found = [measure(run.arm, run.seed, step) for step in range(KEPT, STEPS + 1, KEPT)]
+            logs.add(WHERE / "values.jsonl", run.name, found)
             print(run.name, flush=True)
     if not (WHERE / "basins.json").is_file():
-        with replacing(WHERE / "basins.json", "w") as file:
-            json.dump(basins(), file)
-
-
-def basins() -> dict:
-    """The barrier between each two methods after the last step of seed 0."""
-    models = {arm: load_model(checkpoint(Run(arm, lr_of(arm)), STEPS), choose_device()) for arm in ARMS_HERE}
-    weights = {arm: list(found.values()) for arm, model in models.items() if (found := materialised(model))}
-    config = checkpoint(Run(FULL, lr_of(FULL)), STEPS)["config"]
-    loss = Loss(models[FULL].config, config["data"], config["tokenizer"])
-    return {f"{a} {b}": metrics.barrier(metrics.path(loss, weights[a], weights[b]))
-            for a, b in combinations(weights, 2)}
-
-
-# -------------------------------------------- Tables and figures --------------------------------------------
-
-def values() -> dict:
-    """arm -> a list of seeds, each a list of checkpoints."""
-    found = {arm: [] for arm in ARMS_HERE}
-    for path in sorted((WHERE / "values").glob("*.json")):
-        seed = json.loads(path.read_text("utf-8"))
-        found[seed[0]["arm"]].append(seed)
-    return {arm: seeds for arm, seeds in found.items() if seeds}
+        write_json(WHERE / "basins.json", basins())
 
 
 def cell(seeds: list, key: str) -> str:
@@ -232,7 +270,7 @@ def cell(seeds: list, key: str) -> str:
 
 def barriers(arms: list) -> str:
     """Each method against each."""
-    between = json.loads((WHERE / "basins.json").read_text("utf-8"))
+    between = read_json(WHERE / "basins.json")
     arms = [arm for arm in arms if any(arm in pair.split() for pair in between)]
     return markdown(["", *(ARMS[arm].label for arm in arms)], [
         [ARMS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
@@ -244,8 +282,7 @@ def figure(found: dict, dimension: str):
     keys = DIMENSIONS[dimension]
     rows = math.ceil(len(keys) / 4)
     columns = math.ceil(len(keys) / rows)
-    fig = draw.new_figure(3.2 * columns, 1 + 2.8 * rows)
-    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
+    fig, axes = draw.panels(rows * columns, 3.2 * columns, 1 + 2.8 * rows, rows)
     for ax in axes[len(keys):]:
         ax.remove()
     for ax, (label, key) in zip(axes, keys.items()):
@@ -254,13 +291,16 @@ def figure(found: dict, dimension: str):
             ys = [[c[key] for c in seed if key in c] for seed in seeds]
             if steps:
                 ax.plot(steps, np.mean(ys, 0), ms=4, lw=1.4, label=ARMS[arm].label, **draw.look(arm))
-        ax.set(xlabel="step", ylabel=label)
-    draw.legend_below(fig, *fig.axes, columns=2 * columns - 1)
+        ax.set_xlabel("step")
+        ax.set_ylabel(label, fontsize=9.5)
     return fig
 
 
 def report() -> None:
-    found = values()
+    found = {arm: [] for arm in ARMS_HERE}  # arm -> a list of seeds, each a list of checkpoints
+    for seed in logs.read(WHERE / "values.jsonl").values():
+        found[seed[0]["arm"]].append(seed)
+    found = {arm: seeds for arm, seeds in found.items() if seeds}
     if not found:
         raise UserError(f"{WHERE} has no values: python -m paper.geometry --measure")
     parts = ["# Sixteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
@@ -269,12 +309,11 @@ def report() -> None:
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
                 for arm, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
-        draw.save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
-                  "method at its best learning rate, mean of the seeds")
+        save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
+             "method at its best learning rate, mean of the seeds")
     if (WHERE / "basins.json").is_file():
         parts += ["## Barriers between methods, seed 0\n", barriers(list(found))]
-    with replacing(WHERE / "table.md", "w") as file:
-        file.write("\n".join(parts))
+    write(WHERE / "table.md", "\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")
 
 

@@ -3,7 +3,7 @@
 At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
 more around the best one, each for as many steps as the budget pays for and with a schedule of that length.
 A budget is of executed FLOPs. The paper's 6 N D leaves out what attention does beside its matrices, 10% to
-21% of the dense models here and 12% to 31% of the low-rank ones. paper.scaling has the fits.
+21% of the dense models here and 12% to 31% of the low-rank ones. paper.laws has the fits.
 """
 
 import math
@@ -14,13 +14,13 @@ from functools import cache
 import numpy as np
 import torch
 
-from model import NANO_SIZES, SIZES, Llama, LlamaConfig, count_parameters
-from paper import runs, scaling
+from lib.methods import count_parameters, flops_per_token
+from model import NANO_SIZES, SIZES, Llama, LlamaConfig
+from paper import laws, logs, runs
 from paper.arms import ARMS, Arm
-from paper.runs import Run, Scale, final_loss, log_of
-from paper.scaling import Law, Points
-from paper.tables import markdown
-from tools.plot import read_log
+from paper.laws import Law, Points
+from paper.output import markdown
+from paper.runs import Run, Scale
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
@@ -29,14 +29,13 @@ TIMES = 0.5, 2
 KINDS = {  # the learning rate is that of a run of 1,000 steps
     "spectron": Arm("low-rank, Spectron", "--momentum 0.9", 0.037, swept=False),
     "dense": Arm("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}
-CENTRES = {"spectron": 0.03e6, "dense": 0.045e6}  # parameters, at the first budget, from a few pilot runs
-SIZES_HERE = [size for size in NANO_SIZES if size.startswith("nano-2x")]
-LEAST = 6  # sizes at a budget
+# The smallest and the largest width at each budget: six sizes around the best of the budget before, times the
+# root of the FLOPs, and more on a side where the best was the last or the last but one
+WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (64, 256)),
+          "dense": ((8, 48), (12, 96), (16, 96), (24, 160))}
 LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
 PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's, the spacing is assumed
 
-
-# ------------------------------------------------- The runs -------------------------------------------------
 
 def arm(kind: str, size: str, budget: float) -> str:
     """Its name, under which paper.runs then knows it."""
@@ -56,54 +55,22 @@ def lr_of(kind: str, steps: int) -> float:
     return float(f"{KINDS[kind].lr * (1000 / steps) ** 0.5:.2g}")
 
 
-def parameters(kind: str, size: str) -> int:
-    return cost(config_of(size, kind))["total"]
-
-
-def losses(kind: str, budget: float) -> dict:
-    """size -> final loss of seed 0, for the sizes that were run, in order; None where it diverged."""
-    logs = {size: log_of(run(kind, size, budget), LADDER) for size in SIZES_HERE}
-    return {size: final_loss(log) for size, log in logs.items() if log.is_file()}
-
-
-def best(kind: str, budget: float) -> str:
-    found = {size: loss for size, loss in losses(kind, budget).items() if loss is not None}
-    return min(found, key=found.get)
-
-
-def sizes(kind: str, index: int) -> list[str]:
-    """Those that a budget starts from: the nearest ones to the best of the budget before, or to the centre of
-    the first budget. The best size is taken to grow with the root of the budget."""
-    budget, known = BUDGETS[0], CENTRES[kind]
-    if index and any(losses(kind, BUDGETS[index - 1]).values()):
-        budget, known = BUDGETS[index - 1], parameters(kind, best(kind, BUDGETS[index - 1]))
-    centre = known * (BUDGETS[index] / budget) ** 0.5
-    distance = {size: abs(math.log(parameters(kind, size) / centre)) for size in SIZES_HERE}
-    return sorted(SIZES_HERE, key=distance.get)[:LEAST]
-
-
-def wider(kind: str, budget: float) -> list[str]:
-    """The next size where the best is the last or the last but one on its side."""
-    found, ladder = list(losses(kind, budget)), SIZES_HERE
-    at, lowest, highest = found.index(best(kind, budget)), ladder.index(found[0]), ladder.index(found[-1])
-    below, above = at < 2 and lowest > 0, len(found) - at <= 2 and highest < len(ladder) - 1
-    return [ladder[lowest - 1]] * below + [ladder[highest + 1]] * above
+def sizes(kind: str, budget: float) -> list[str]:
+    """From the smallest to the largest."""
+    low, high = WIDTHS[kind][BUDGETS.index(budget)]
+    return [size for size, c in NANO_SIZES.items() if size.startswith("nano-2x") and low <= c.dim <= high]
 
 
 def make() -> None:
     """Every run that is missing, from the smallest budget to the largest."""
-    for i, budget in enumerate(BUDGETS):
-        runs.make_all([run(kind, size, budget) for kind in KINDS for size in sizes(kind, i)], LADDER)
-        for _ in range(2):
-            runs.make_all([run(kind, size, budget) for kind in KINDS for size in wider(kind, budget)], LADDER)
-        if budget == SEEDED:
-            runs.make_all([run(kind, size, budget, seed) for kind in KINDS for size in losses(kind, budget)
-                           for seed in range(1, SEEDS)], LADDER)
-        runs.make_all([run(kind, size, budget, 0, times) for kind in KINDS
-                       for size in CHECKED.get(budget, ()) for times in (1, *TIMES)], LADDER)
+    for budget in BUDGETS:
+        seeds = range(SEEDS if budget == SEEDED else 1)
+        wanted = [run(kind, size, budget, seed)
+                  for kind in KINDS for size in sizes(kind, budget) for seed in seeds]
+        checked = [run(kind, size, budget, 0, times) for kind in KINDS for size in CHECKED.get(budget, ())
+                   for times in TIMES]
+        runs.make_all(wanted + checked, LADDER)
 
-
-# ------------------------------------------------- Planning -------------------------------------------------
 
 def papers_sizes(budget: float) -> list[str]:
     """39 runs: ten of the twelve sizes of Table 5, without two that have a near twin, and without the
@@ -116,7 +83,7 @@ def papers_sizes(budget: float) -> list[str]:
 def papers_design() -> Points:
     """The paper's runs under its own law."""
     sizes = [[cost(config_of(size))["total"] for size in papers_sizes(C)] for C in PAPER_BUDGETS]
-    return scaling.design(PAPER_BUDGETS, sizes, Law(**scaling.PAPER))
+    return laws.design(PAPER_BUDGETS, sizes, Law(**laws.PAPER))
 
 
 def config_of(size: str, kind: str = "spectron") -> LlamaConfig:
@@ -129,42 +96,36 @@ def cost(c: LlamaConfig) -> dict:
     """Parameters, total and without embedding and head, and executed FLOPs of a token."""
     total = count_parameters(c)
     with torch.device("meta"):
-        flops = Llama(c).flops_per_token()
+        flops = flops_per_token(Llama(c))
     return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops}
 
 
-def plan(scale: str, kind: str, count: str, flops: str, rate: float) -> str:
-    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second.
-    count: N with (total) or without (blocks) embedding and head; flops: 6nd or executed."""
+def plan(scale: str, kind: str, rate: float) -> str:
+    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second."""
     nano = scale == "nano"
     batch, rows, spent = LADDER.tokens_per_step if nano else 2**20, [], 0.0
-    for i, budget in enumerate(BUDGETS if nano else PAPER_BUDGETS):
-        planned = losses(kind, budget) or sizes(kind, i) if nano else papers_sizes(budget)
-        for size in sorted(planned, key=list(SIZES).index):
+    for budget in BUDGETS if nano else PAPER_BUDGETS:
+        for size in sizes(kind, budget) if nano else papers_sizes(budget):
             c = cost(config_of(size, kind))
-            per_token = c["flops"] if flops == "executed" else 6 * c[count]
-            steps = max(1, round(budget / per_token / batch))
+            steps = max(1, round(budget / c["flops"] / batch))
             spent += steps * batch * c["flops"]
-            rows.append([f"{budget:.3g}", size, f"{c[count] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
-                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c[count]:.3g}"])
-    head = ["budget", "size", f"N ({count})", "tokens", "steps", "tokens a step", "tokens per parameter"]
+            rows.append([f"{budget:.3g}", size, f"{c['total'] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
+                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c['total']:.3g}"])
+    head = ["budget", "size", "N", "tokens", "steps", "tokens a step", "tokens per parameter"]
     return (markdown(head, rows) + f"\n{KINDS[kind].label}: {len(rows)} runs, {spent:.2e} executed FLOPs, "
             f"{spent / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second.\n")
 
 
-# ------------------------------------------ What the runs came to -------------------------------------------
-
 def rows_of(kind: str) -> list[dict]:
     """Every run of a kind: what it was, what it cost, and what it ended at (None: it diverged)."""
-    found = []
-    for log in sorted(runs.directory(LADDER).glob(f"{kind}-*.jsonl")):
-        header, records = read_log(log)
-        c, last = header["config"], records[-1]
+    found, pack = [], runs.pack_of(LADDER)
+    for log in [logs.get(pack, name) for name in logs.read(pack) if name.startswith(f"{kind}-")]:
+        c, last = log.config, log.steps[-1]
         counted = cost(config_of(c["size"], kind))
         budget = min(BUDGETS, key=lambda C: abs(math.log(last["flops"] / C)))
         found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"], "seed": c["seed"],
                       "total": counted["total"], "blocks": counted["blocks"], "steps": c["steps"],
-                      "tokens": last["tokens"], "executed": last["flops"], "loss": final_loss(log),
+                      "tokens": last["tokens"], "executed": last["flops"], "loss": log.final_loss,
                       "seconds": last["seconds"]})
     return found
 
@@ -194,7 +155,7 @@ def noise(rows: list[dict]) -> float:
 
 def lowest(points: Points, budgets) -> np.ndarray:
     """The loss at the minimum of each budget's parabola; nan where it has none inside its grid."""
-    found = {p.C: p.L for p in scaling.profiles(points, budgets) if p.inside}
+    found = {p.C: p.L for p in laws.profiles(points, budgets) if p.inside}
     return np.array([found.get(C, np.nan) for C in budgets])
 
 

@@ -1,48 +1,47 @@
 """The runs behind the paper's tables and figures: how each is made, once.
 
-A run is train.py as a user calls it. Its log, thinned, goes to
-results/runs/<scale>/<arm>-lr<lr>-seed<seed>.jsonl and feeds every table and figure that wants it; a run whose
-log is there is not made again, and one that was stopped goes on from its checkpoint in out/paper. Each arm
-sees the same data in the same order, the same schedule and clipping, and as many learning rates as the arms
-beside it; its best one then gets the other seeds.
+A run is train.py as a user calls it. Its log, thinned, becomes a line of results/runs/<scale>.jsonl (see
+paper/logs.py) and feeds every table and figure that needs it. A run that has a line is not made again, and
+one that was stopped goes on from its checkpoint in out/paper. Each arm sees the same data in the same order,
+the same schedule and clipping, and as many learning rates as the arms beside it; its best one then gets the
+other seeds.
 """
 
 import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from lib.methods import flops_per_token
 import train
 from lib.cli import UserError
-from lib.files import replacing
-from model import NANO_SIZES, Llama, LlamaConfig
-from paper.arms import ARMS, Arm
 from lib.files import lock
+from model import NANO_SIZES, Llama, LlamaConfig
+from paper import logs
+from paper.arms import ARMS, Arm
+from paper.logs import Log
+from paper.output import read_json
 from tools.plot import read_log
 
 RESULTS, OUT = Path("results"), Path("out/paper")
 SERIES = [float(f"{m}e{e}") for e in range(-9, 6) for m in (1, 2, 5)]  # learning rates: 1, 2, 5, 10, ...
 MOST_LRS = 15  # of an arm: around each arm's own, the series reaches as far
-FEW = 3  # learning rates of an arm that is one of many, or costs much
 WIDER = 2  # times that a grid may grow where its best is at the edge
-KEPT = 100  # steps of a log, beside those that were validated
 
-
-# -------------------------------------------------- Scales --------------------------------------------------
 
 @dataclass(frozen=True)
 class Scale:
-    """Where the arms are compared. Its name is that of its directories: nano-imdb-bytes, S-300x131072."""
-    given: dict  # what makes it again: scale_of(**given)
+    """Where the arms are compared. Its name is that of its files: nano-imdb-bytes, S-300x131072."""
+    given: dict = field(hash=False)  # what makes it again: scale_of(**given)
     size: str
     name: str
     steps: int | None  # None: the paper's
@@ -75,7 +74,8 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
 
 
 def steps_of(name: str, scale: Scale) -> int:
-    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs."""
+    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs. UserError where
+    that is a time that nobody has measured."""
     arm = ARMS[name]
     if arm.budget:
         return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
@@ -83,10 +83,14 @@ def steps_of(name: str, scale: Scale) -> int:
     steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
     if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
         return steps
-    cost = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
-    return max(1, round(steps * cost(arm.twin, scale) / cost(name, scale)))
+    of = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
+    twin, own = of(arm.twin, scale), of(name, scale)
+    if not (twin and own):
+        raise UserError(f"nobody has timed {name!r}: python -m paper.bench seconds --scale {scale.size}")
+    return max(1, round(steps * twin / own))
 
 
+@cache
 def flops_per_token(name: str, scale: Scale) -> float:
     """Of the arm's first step; of a guided run, whose guide is there for half of the steps, the mean. No
     model is made."""
@@ -94,22 +98,14 @@ def flops_per_token(name: str, scale: Scale) -> float:
     method = train.find_method(c.method, c.method_args)
     with torch.device("meta"):
         first = method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
-        plain = Llama(LlamaConfig(**c.model)).flops_per_token() if c.method == "self-guided" else first
+        plain = flops_per_token(Llama(LlamaConfig(**c.model))) if c.method == "self-guided" else first
     return (first + plain) / 2
 
 
-def timed_seconds(name: str, scale: Scale) -> float | None:
-    """Of a step of an arm with these flags, as paper.seconds timed it beside the others; None where it has
-    not."""
-    path = RESULTS / "seconds" / f"{scale.size}.json"
-    timed = json.loads(path.read_text("utf-8"))["seconds"] if path.is_file() else {}
+def seconds_per_step(name: str, scale: Scale) -> float | None:
+    """Of an arm with these flags, as paper.bench timed it beside the others; None where it has not."""
+    timed = (read_json(RESULTS / "seconds" / f"{scale.size}.json") or {}).get("seconds", {})
     return next((timed[other] for other in timed if ARMS[other].flags == ARMS[name].flags), None)
-
-
-def seconds_per_step(name: str, scale: Scale) -> float:
-    if seconds := timed_seconds(name, scale):
-        return seconds
-    raise UserError(f"nobody has timed {name!r}: python -m paper.seconds --scale {scale.size}")
 
 
 def reproduce(name: str, scale: Scale) -> str:
@@ -124,8 +120,6 @@ def flags_of(arm: Arm, scale: Scale) -> list[str]:
             "--tokens_per_step", str(scale.tokens_per_step), *scale.flags]
 
 
-# --------------------------------------------------- Runs ---------------------------------------------------
-
 @dataclass(frozen=True)
 class Run:
     arm: str
@@ -137,30 +131,25 @@ class Run:
         return f"{self.arm}-lr{self.lr:g}-seed{self.seed}"
 
 
-def directory(scale: Scale) -> Path:
-    return RESULTS / "runs" / scale.name
+def pack_of(scale: Scale) -> Path:
+    return RESULTS / "runs" / f"{scale.name}.jsonl"
 
 
-def log_of(run: Run, scale: Scale) -> Path:
-    return directory(scale) / f"{run.name}.jsonl"
+def log_of(run: Run, scale: Scale) -> Log | None:
+    """What is kept of a run; None where it was not made."""
+    return logs.get(pack_of(scale), run.name)
 
 
-def final_loss(log: Path) -> float | None:
-    """The validation loss after the last step; None for a run that diverged: its gradient or its loss ceased
-    to be finite, or it ended worse than a guess, ln V for a vocabulary of V with its padding."""
-    header, records = read_log(log)
-    last = records[-1] if records else {}
-    loss = last.get("val_loss")
-    return loss if loss is not None and loss < math.log(header["config"]["model"]["vocab_size"]) else None
+def scores_of(run: Run, scale: Scale) -> Path:
+    """Where eval.py puts what a run scores."""
+    return RESULTS / "runs" / scale.name / f"{run.name}.scores.json"
 
 
 def is_finished(log: Path) -> bool:
     try:
-        header, records = read_log(log)
+        return Log(*read_log(log)).is_finished
     except UserError:  # none, or a kill has left no more than its beginning
         return False
-    return bool(records) and ("diverged" in records[-1]
-                              or records[-1]["step"] == header["config"]["steps"])
 
 
 def command(run: Run, scale: Scale) -> list[str]:
@@ -194,40 +183,24 @@ def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
             raise UserError(f"{run.name} did not come to its end (exit code {child.returncode}). What was "
                             f"done is kept: the same command goes on.\n{' '.join(command(run, scale))}\n"
                             f"{said.strip()}")
-    kept = log_of(run, scale)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept, "w") as file:
-        file.writelines(thinned(log.read_text("utf-8").splitlines()))
-
-
-def thinned(rows: list[str]) -> list[str]:
-    """The lines of a log with every nth step, those that were validated and the last, numbers to 6 digits;
-    and where each part of the run was made."""
-    records = [json.loads(row) for row in rows]
-    every = max(1, len(records) // KEPT)
-    return [json.dumps({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in record.items()})
-            + "\n" for i, record in enumerate(records)
-            if "config" in record or i % every == 1 % every or i == len(records) - 1
-            or record.get("val_loss") is not None]
-
-
-def workers(scale: Scale) -> int:
-    return min(os.cpu_count(), 16) if scale.nano else 1
+    records = [json.loads(row) for row in log.read_text("utf-8").splitlines()]
+    logs.add(pack_of(scale), run.name, logs.thinned(records))
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:
     """Those that are missing; small models side by side, a thread each, which is faster than one after the
     other with all threads. Interrupted, it lets those that run save, and the same command goes on."""
-    missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale).is_file()]
+    missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale)]
     if not missing:
         return
-    threads, children = 1 if workers(scale) > 1 else None, []
-    with alone(OUT / scale.name), ThreadPoolExecutor(workers(scale)) as pool:
+    workers, children = min(os.cpu_count(), 16) if scale.nano else 1, []
+    threads = 1 if workers > 1 else None
+    with alone(OUT / scale.name), ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(make, run, scale, children, threads): run for run in missing}
         try:
             for i, (future, run) in enumerate(futures.items()):
                 future.result()
-                loss = final_loss(log_of(run, scale))
+                loss = log_of(run, scale).final_loss
                 print(f"{i + 1}/{len(missing)}  {run.name}: {'diverged' if loss is None else f'{loss:.4f}'}",
                       flush=True)
         except BaseException:
@@ -256,35 +229,33 @@ def alone(where: Path):
 
 
 def score(run: Run, scale: Scale, tasks: tuple) -> None:
-    """The run's accuracies, by eval.py, beside its log."""
-    kept = log_of(run, scale).with_suffix(".scores.json")
+    """The run's accuracies, by eval.py."""
+    kept = scores_of(run, scale)
     if kept.is_file():
         return
+    kept.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "eval.py", str(OUT / scale.name / run.name), "--tasks", ",".join(tasks),
                "--json", str(kept)]
     if subprocess.run(command).returncode:
         raise UserError(f"no scores of {run.name} (above is why); the same command goes on")
 
 
-# ----------------------------------------------- The protocol -----------------------------------------------
-
-def lrs_of(name: str, scale: Scale, few: bool = False) -> list[float]:
+def lrs_of(name: str, scale: Scale) -> list[float]:
     """The learning rates that an arm starts from."""
     if not ARMS[name].swept:
         return [ARMS[name].lr]
-    count = min(FEW, scale.lrs) if few else scale.lrs
-    start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (count - 1) // 2
-    return SERIES[start:start + count]
+    start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (scale.lrs - 1) // 2
+    return SERIES[start:start + scale.lrs]
 
 
-def tried(name: str, scale: Scale, few: bool = False) -> tuple[dict[float, float | None], list[float]]:
+def tried(name: str, scale: Scale) -> tuple[dict[float, float | None], list[float]]:
     """(what the learning rates came to with seed 0, those that are still to be made): those that the arm
     starts from, and beyond an edge that is best at most WIDER more; what others have tried further out is not
     looked at."""
-    found, wanted = {}, lrs_of(name, scale, few)
+    found, wanted = {}, lrs_of(name, scale)
     for _ in range(1 + WIDER * ARMS[name].swept):
-        there = {lr: log for lr in wanted if (log := log_of(Run(name, lr), scale)).is_file()}
-        found = dict(sorted((found | {lr: final_loss(log) for lr, log in there.items()}).items()))
+        there = {lr: log.final_loss for lr in wanted if (log := log_of(Run(name, lr), scale))}
+        found = dict(sorted((found | there).items()))
         if missing := [lr for lr in wanted if lr not in there]:
             return found, missing
         if not (wider := next_lr(found)):
@@ -308,42 +279,27 @@ def next_lr(losses: dict) -> float | None:
     return SERIES[highest + 1] if best == SERIES[highest] else None
 
 
-def sweep(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> None:
-    """Every arm over its learning rates, three where they are few, then its best with the other seeds; those
-    in `single` with one."""
-    while missing := [Run(name, lr) for name in names for lr in tried(name, scale, few)[1]]:
+def sweep(names: tuple, scale: Scale) -> None:
+    """Every arm over its learning rates, then its best with the other seeds."""
+    while missing := [Run(name, lr) for name in names for lr in tried(name, scale)[1]]:
         make_all(missing, scale)
-    best = {name: best_of(tried(name, scale, few)[0]) for name in names if name not in single}
+    best = {name: best_of(tried(name, scale)[0]) for name in names}
     make_all([Run(name, lr, seed) for name, lr in best.items() if lr for seed in range(scale.seeds)], scale)
 
 
-def estimate(names: tuple, scale: Scale, few: bool = False, single: tuple = ()) -> str:
-    """What is still to be made: runs, FLOPs, and the time that they take at the rate of the runs that are
-    there."""
-    made = {name: tried(name, scale, few) for name in names}
-    missing = [Run(name, lr) for name in names for lr in made[name][1]]
-    first = len(missing) + sum(len(made[name][0]) for name in names)
-    later = sum(not log_of(Run(name, best_of(made[name][0]) or 0, seed), scale).is_file()
-                for name in names if name not in single for seed in range(1, scale.seeds))
+def estimate(names: tuple, scale: Scale) -> str:
+    """What is still to be made: runs, and their FLOPs."""
+    made = {name: tried(name, scale) for name in names}
+    missing = [name for name in names for _ in made[name][1]]
+    first = len(missing) + sum(len(found) for found, _ in made.values())
+    later = [name for name in names for seed in range(1, scale.seeds)
+             if not log_of(Run(name, best_of(made[name][0]) or 0, seed), scale)]
     if not missing and not later:
         return "all runs are there"
-    def cost(name):
-        untimed = ARMS[name].steps == "time" and not timed_seconds(name, scale)  # then about its twin's steps
+    flops = 0.0
+    for name in missing + later:
+        untimed = ARMS[name].steps == "time" and not seconds_per_step(name, scale)  # then about its twin's
         steps = steps_of(ARMS[name].twin if untimed else name, scale)
-        return flops_per_token(name, scale) * scale.tokens_per_step * steps
-    costs = {name: cost(name) for name in names}
-    flops = sum(costs[run.arm] for run in missing) + later * statistics.mean(costs.values())
-    return (f"{first - len(missing)} of {first} runs are there; {len(missing)} and up to {later} "
-            f"with other seeds are to be made, {flops:.2e} FLOPs, {duration(flops, scale)}")
-
-
-def duration(flops: float, scale: Scale) -> str:
-    """By the speed of the runs of this scale that were made here, as many side by side as there are
-    workers."""
-    made = [read_log(log)[1][-1] for log in (OUT / scale.name).glob("*/log.jsonl") if is_finished(log)]
-    made = [record for record in made if record.get("seconds")]
-    if not made:
-        return "a time that the first of them will tell"
-    rate = sum(r["flops"] for r in made) / sum(r["seconds"] for r in made) * workers(scale)
-    hours, minutes = divmod(round(flops / rate / 60), 60)
-    return f"about {hours}:{minutes:02} h"
+        flops += flops_per_token(name, scale) * scale.tokens_per_step * steps
+    return (f"{first - len(missing)} of {first} runs are there; {len(missing)} and up to {len(later)} "
+            f"with other seeds are to be made, {flops:.2e} FLOPs")

@@ -1,225 +1,272 @@
-"""Compute-optimal sizes from runs: the arithmetic of Section 6 and Appendix D.
+"""The scaling laws, Sections 6 and D: their runs at nano, and what is fitted to them.
 
-A run is a model of N parameters that saw D tokens, cost C FLOPs and ended at a loss L. Approach 2 fits a
-parabola in log N to the runs of each budget; its minimum is N_opt(C), and N_opt = k C^a is fitted through the
-budgets. Approach 3 fits L = E + A / N^alpha + B / D^beta to all runs at once, from which a = beta / (alpha +
-beta). (Both are of Hoffmann et al. 2022. The *sum* of Huber losses is minimized: with their mean, optimizers
-stop early, which is what went wrong there according to Besiroglu et al. 2024.)
+    python -m paper.scaling isoflop       figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
+    python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
+    python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
+
+N is the total and C as executed; one table has the exponents of other conventions.
 """
 
-from dataclasses import dataclass, replace
+import csv
+import io
 
 import numpy as np
 
-DELTA = 1e-3  # of the Huber loss, in log L
-CHINCHILLA = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # as printed by Hoffmann et al.
-PAPER = dict(E=1.777, A=1000.0, B=1000.0, alpha=0.398, beta=0.332)  # Eqs. 21 to 23
-LEAST = np.array([-30, -30, np.log(0.01), 0.02, 0.02])  # of log A, log B, log E, alpha, beta
-MOST = np.array([30, 30, 30, 2.0, 2.0])
+from lib.cli import Parser, command, number
+from model import SIZES
+from paper import draw, isoflop
+from paper.isoflop import (BUDGETS, CHECKED, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
+                           noise, papers_design, points_of, rows_of)
+from paper.laws import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles, simulate,
+                        without_each)
+from paper.laws import isoflop as exponent_of
+from paper.output import markdown, save, write
+from paper.runs import RESULTS
+
+PARAMETERS = "E", "A", "alpha", "B", "beta", "exponent"
+CONVENTIONS = [(count, flops) for flops in ("executed", "6nd") for count in ("total", "blocks")]
+COLOURS = {"spectron": draw.BLUE, "dense": draw.BLACK}
+SETTING = ("nano, two layers of many widths, 512 tokens a step of the offline corpus, "
+           "each run with a schedule of its own length")
 
 
-@dataclass
-class Points:
-    """Runs, as arrays of one length."""
-    N: np.ndarray
-    D: np.ndarray
-    C: np.ndarray
-    L: np.ndarray
-
-    def __getitem__(self, rows) -> "Points":
-        return Points(self.N[rows], self.D[rows], self.C[rows], self.L[rows])
-
-    def __len__(self) -> int:
-        return len(self.N)
+def collected(count: str = "total", flops: str = "executed") -> tuple[dict, dict, dict]:
+    """By kind: the rows of its runs, their points, and the budgets (the mean C of their runs)."""
+    rows = {kind: rows_of(kind) for kind in KINDS}
+    points = {kind: points_of(r, count, flops) for kind, r in rows.items()}
+    budgets = {}
+    for kind, p in points.items():
+        of = np.array([BUDGETS.index(row["budget"]) for row in rows[kind] if is_kept(row)])
+        budgets[kind] = [float(np.exp(np.log(p.C[of == i]).mean())) for i in sorted(set(of))]
+    return rows, points, budgets
 
 
-# --------------------------------------- Approach 2: IsoFLOP profiles ---------------------------------------
-
-@dataclass
-class Profile:
-    """The parabola of one budget."""
-    C: float
-    points: Points
-    coefficients: np.ndarray  # of (log N)^2, log N and 1
-
-    @property
-    def N(self) -> float:
-        """Where the parabola is level."""
-        return float(np.exp(-self.coefficients[1] / (2 * self.coefficients[0])))
-
-    @property
-    def inside(self) -> bool:
-        """Whether that is a minimum, and between the smallest and the largest size."""
-        return self.coefficients[0] > 0 and self.points.N.min() < self.N < self.points.N.max()
-
-    @property
-    def D(self) -> float:
-        """The tokens there: between those of the sizes beside it, in logs."""
-        order = self.points.N.argsort()
-        return float(np.exp(np.interp(np.log(self.N), *np.log([self.points.N[order], self.points.D[order]]))))
-
-    @property
-    def L(self) -> float:
-        return float(np.polyval(self.coefficients, np.log(self.N)))
+def csv_of(rows: dict) -> str:
+    every, text = [row for kind in KINDS for row in rows[kind]], io.StringIO()
+    out = csv.DictWriter(text, every[0], lineterminator="\n")
+    out.writeheader()
+    out.writerows(every)
+    return text.getvalue()
 
 
-def nearest(points: Points, budgets) -> np.ndarray:
-    """For each run the index of its budget."""
-    return np.abs(np.log(points.C)[:, None] - np.log(budgets)).argmin(1)
+def isoflop_table(rows, points, budgets) -> str:
+    """What Approach 2 finds, the gap, the noise and the learning rates, as Markdown."""
+    parts, sigmas = [], [noise(rows[kind]) for kind in KINDS]
+    for kind, sigma in zip(KINDS, sigmas):
+        parts += [f"## {KINDS[kind].label}\n", minima(points[kind], budgets[kind]),
+                  exponents(points[kind], budgets[kind]),
+                  f"Standard deviation between seeds, at {SEEDED:.2g} FLOPs: {sigma:.4f} nats.\n"]
+    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"], sigmas)
+    parts += ["## The best dense model minus the best low-rank one\n", markdown(
+        ["FLOPs", "nats per byte", "95% interval"],
+        [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
+         for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)])]
+    parts += ["## Other learning rates\n", markdown(
+        ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
+    return "\n".join(parts)
 
 
-def profiles(points: Points, budgets) -> list[Profile]:
-    """One for each budget that has runs of three sizes or more."""
-    rows = [(C, points[nearest(points, budgets) == i]) for i, C in enumerate(budgets)]
-    return [Profile(C, some, np.polyfit(np.log(some.N), some.L, 2)) for C, some in rows
-            if len(set(some.N)) > 2]
+def minima(points: Points, budgets) -> str:
+    """Each budget's parabola."""
+    return markdown(
+        ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"],
+        [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
+          f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] if p.inside else
+         [f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), "outside its grid, left out", "", ""]
+         for p in profiles(points, budgets)])
 
 
-def power_law(C, y) -> tuple[float, float]:
-    """(exponent, factor) of y = factor C^exponent, by least squares in logs."""
-    exponent, log_factor = np.polyfit(np.log(C), np.log(y), 1)
-    return float(exponent), float(np.exp(log_factor))
+def exponents(points: Points, budgets) -> str:
+    """Of N_opt and D_opt with their intervals, and without each budget, by both approaches."""
+    second, laws = bootstrap(points, budgets)
+    left_out = without_each(points, budgets)
+    rows = []
+    for i, (name, a, d, drawn) in enumerate((
+            ("parabolas", exponent_of(points, budgets), exponent_of(points, budgets, "D"), second),
+            ("parametric law", (law := fit_law(points)).exponent, 1 - law.exponent,
+             [law.exponent for law in laws]))):
+        low, high = interval(drawn)
+        rows.append([name, f"{a:.3f}", f"{low:.3f} to {high:.3f}", f"{d:.3f}",
+                     ", ".join(f"{found[1 + i]:.3f}" for found in left_out)])
+    return markdown(["", "a of N_opt ~ C^a", "95% interval", "exponent of D_opt",
+                     "a without each budget, smallest first"], rows)
 
 
-def isoflop(points: Points, budgets, of: str = "N") -> float:
-    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum inside
-    their grid."""
-    found = [p for p in profiles(points, budgets) if p.inside]
-    return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
+def checked(rows) -> list[list[str]]:
+    """The losses of the runs that were repeated at other learning rates."""
+    table = []
+    for budget, size, kind in [(C, size, kind) for C, sizes in CHECKED.items() for size in sizes
+                               for kind in KINDS]:
+        by_lr = {r["lr"]: r["loss"] for r in rows[kind]
+                 if (r["size"], r["budget"], r["seed"]) == (size, budget, 0)}
+        losses = ("diverged" if loss is None else f"{loss:.3f}" for _, loss in sorted(by_lr.items()))
+        table.append([KINDS[kind].label, f"{budget:.2g}", size, *losses])
+    return table
 
 
-# -------------------------------------- Approach 3: the parametric law --------------------------------------
-
-@dataclass
-class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta."""
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    huber: float = 0.0  # summed over the runs
-
-    def __call__(self, N, D):
-        return self.E + self.A / np.asarray(N)**self.alpha + self.B / np.asarray(D)**self.beta
-
-    @property
-    def exponent(self) -> float:
-        """a of N_opt = k C^a, for C proportional to N D."""
-        return self.beta / (self.alpha + self.beta)
-
-    def optimum(self, C: float) -> tuple[float, float]:
-        """(N, D) of the lowest loss with 6 N D = C."""
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return G * (C / 6) ** self.exponent, (C / 6) ** (1 - self.exponent) / G
-
-    def at_bounds(self) -> list[str]:
-        """Those of E, alpha and beta that the search ended at the edge of."""
-        values = np.log(self.E), self.alpha, self.beta
-        return [name for name, value, low, high in zip(("E", "alpha", "beta"), values, LEAST[2:], MOST[2:])
-                if min(value - low, high - value) < 1e-3]
+def log_axis(axis, label: str, unit: float = 1.0, suffix: str = "") -> None:
+    """A logarithmic axis with ticks at 1, 2, 5, 10, ..., as far as the data reach."""
+    low, high = axis.get_data_interval()
+    ticks = [d * 10.0**e for e in range(3, 15) for d in (1, 2, 5) if low / 1.1 < d * 10.0**e < high * 1.1]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}label": label})
+    draw.name_ticks(axis, ticks, unit, suffix)
 
 
-def huber(residual):
-    size = np.abs(residual)
-    return np.where(size < DELTA, residual**2 / 2, DELTA * (size - DELTA / 2))
+def figure9(points, budgets):
+    """Loss over size at each budget, low-rank and dense, with the parabolas and their minima."""
+    fig, axes = draw.panels(2, 10.5, sharey=True)
+    for ax, kind in zip(axes, KINDS):
+        p = points[kind]
+        for i, fitted in enumerate(profiles(p, budgets[kind])):
+            N = fitted.points.N
+            colour, x = draw.COLOURS[i], np.linspace(*np.log([N.min(), N.max()]), 50)
+            ax.plot(N, fitted.points.L, "o", ms=4, color=colour, label=f"{BUDGETS[i]:.1e} FLOPs")
+            ax.plot(np.exp(x), np.polyval(fitted.coefficients, x), color=colour, lw=1.3)
+            if fitted.inside:
+                ax.axvline(fitted.N, color=colour, ls="--", lw=1)
+        log_axis(ax.xaxis, f"parameters, {KINDS[kind].label}", 1e3, "k")
+    axes[0].set_ylabel("final validation loss (nats per byte)")
+    return fig
 
 
-def fit_law(points: Points, weights=None, start: Law | None = None, steps: int = 100) -> Law | list[Law]:
-    """The law of the lowest Huber loss on log L: from many starts at once, or from one.
-
-    weights (b, n) say how often each of the n runs counts in each of b fits, as a bootstrap wants it; losses
-    L (b, n) are those of b studies. With either it returns b laws. The method is Levenberg and Marquardt's on
-    log A, log B, log E, alpha, beta, each run weighed by the slope of its Huber loss. N and D are divided by
-    their geometric means first, which undoes most of the correlation between A and alpha.
-    """
-    n, d, y = np.log(points.N), np.log(points.D), np.log(points.L)
-    single = weights is None and y.ndim == 1
-    y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
-    n0, d0 = n.mean(), d.mean()
-    n, d = n - n0, d - d0
-    starts = np.array(start_at(start, n0, d0) if start else starts_around(y.min()))
-    fits, (y, w) = len(w), (np.repeat(x, len(starts), 0) for x in (y, w))  # (fits * starts, n)
-    theta = np.tile(starts, (fits, 1))
-
-    def terms(theta):
-        a, b, e, alpha, beta = theta.T[:, :, None]
-        three = np.stack([a - alpha * n, b - beta * d, e + 0 * n])
-        total = np.logaddexp.reduce(three, 0)
-        return np.exp(three - total), total - y  # the share of each term, and the residual
-
-    loss, damping = (w * huber(terms(theta)[1])).sum(1), np.full(len(theta), 1e-2)
-    for _ in range(steps):
-        (a, b, e), residual = terms(theta)
-        J = np.stack([a, b, e, -a * n, -b * d], -1)
-        JW = J * (w * np.minimum(1, DELTA / np.maximum(np.abs(residual), 1e-12)))[..., None]
-        H, slope = J.mT @ JW, (JW * residual[..., None]).sum(1)
-        H += np.eye(5) * (damping[:, None] * (H.diagonal(axis1=1, axis2=2) + 1e-12))[:, None]
-        new = np.clip(theta - np.linalg.solve(H, slope[..., None])[..., 0], LEAST, MOST)
-        new_loss = (w * huber(terms(new)[1])).sum(1)
-        better = new_loss < loss
-        theta, loss = np.where(better[:, None], new, theta), np.where(better, new_loss, loss)
-        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-10, 1e8)
-    best = loss.reshape(fits, -1).argmin(1) + len(starts) * np.arange(fits)
-    laws = [Law(float(np.exp(e)), float(np.exp(a + alpha * n0)), float(np.exp(b + beta * d0)), float(alpha),
-                float(beta), float(value)) for (a, b, e, alpha, beta), value in zip(theta[best], loss[best])]
-    return laws[0] if single else laws
+def figure8(points, budgets):
+    """N_opt and D_opt over the budget, each with its power law and the paper's slope."""
+    fig, axes = draw.panels(2, 9.5)
+    for ax, slope, of, label in ((axes[0], 0.479, "N", "parameters at the minimum"),
+                                 (axes[1], 0.521, "D", "tokens at the minimum")):
+        for kind in KINDS:
+            found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
+            if len(found) < 2:
+                continue
+            C, y = [p.C for p in found], [getattr(p, of) for p in found]
+            exponent, factor = power_law(C, y)
+            ax.plot(C, y, "o", color=COLOURS[kind])
+            ax.plot(C, factor * np.array(C)**exponent, color=COLOURS[kind],
+                    label=f"{KINDS[kind].label}: {of} ~ C^{exponent:.2f}")
+            if kind == "spectron":
+                middle = np.exp(np.log(C).mean()), np.exp(np.log(y).mean())
+                ax.plot(C, middle[1] * (np.array(C) / middle[0])**slope, "--", color="0.4",
+                        label="the paper's slopes, C^0.479 and C^0.521")
+        log_axis(ax.xaxis, "training FLOPs (executed)")
+        log_axis(ax.yaxis, label, *((1e3, "k") if of == "N" else (1e6, "M")))
+    return fig
 
 
-def starts_around(lowest: float) -> list[tuple]:
-    """27 of them: how much of the lowest loss the two terms have each, and their exponents."""
-    return [(lowest + np.log(part), lowest + np.log(part), lowest + np.log(1 - 2 * part), alpha, beta)
-            for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)]
+def gap_figure(rows, points, budgets):
+    fig, (ax,) = draw.panels(1, 6.5, 4)
+    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
+                            [noise(rows[kind]) for kind in KINDS])
+    ax.errorbar(budgets["spectron"], gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
+    ax.axhline(0, color="0.4", lw=1)
+    log_axis(ax.xaxis, "training FLOPs (executed)")
+    ax.set_ylabel("best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
+    return fig
 
 
-def start_at(law: Law, n0: float, d0: float) -> list[tuple]:
-    return [(np.log(law.A) - law.alpha * n0, np.log(law.B) - law.beta * d0, np.log(law.E), law.alpha,
-             law.beta)]
+def residuals_figure(points):
+    """What the parametric law leaves, over size and over tokens."""
+    fig, axes = draw.panels(2, 9.5, sharey=True)
+    for kind in KINDS:
+        p, law = points[kind], fit_law(points[kind])
+        for ax, x in zip(axes, (p.N, p.D)):
+            ax.plot(x, p.L - law(p.N, p.D), "o", ms=4, color=COLOURS[kind], label=KINDS[kind].label)
+    for ax, label, unit, suffix in (axes[0], "parameters", 1e3, "k"), (axes[1], "tokens", 1e6, "M"):
+        ax.axhline(0, color="0.4", lw=1)
+        log_axis(ax.xaxis, label, unit, suffix)
+    axes[0].set_ylabel("loss minus fitted law (nats per byte)")
+    return fig
 
 
-# ------------------------------------------ How much can be known -------------------------------------------
-
-def resampled(points: Points, budgets, times: int, seed: int = 0) -> np.ndarray:
-    """(times, n): how often each run is drawn, with replacement among the runs of its budget."""
-    generator, counts = np.random.default_rng(seed), np.zeros((times, len(points)))
-    for i in range(len(budgets)):
-        rows = np.flatnonzero(nearest(points, budgets) == i)
-        for count in counts if len(rows) else ():
-            np.add.at(count, generator.choice(rows, len(rows)), 1)
-    return counts
-
-
-def interval(values) -> tuple[float, float]:
-    """The middle 95% of a bootstrap, those left out where the fit found no minimum."""
-    return tuple(np.nanpercentile(np.asarray(values, float), [2.5, 97.5]))
+def precision_figure(spreads: dict):
+    """The exponents that the paper's 39 runs would give, were its own law true."""
+    fig, axes = draw.panels(2, 9.5, sharey=True)
+    for ax, i, name in (axes[0], 0, "parabolas"), (axes[1], 1, "parametric law"):
+        for row, (sigma, found) in enumerate(spreads.items()):
+            ax.hist(found[:, i], np.arange(0.36, 0.561, 0.004), histtype="step", lw=1.5,
+                    color=draw.COLOURS[row], label=f"{sigma:g} nats of noise")
+        for value, style in (0.479, "--"), (0.49, ":"):
+            ax.axvline(value, color="0.2", ls=style, lw=1.4,
+                       label={0.479: "the paper's 0.479", 0.49: "Chinchilla's 0.49"}[value])
+        ax.set(xlabel=f"exponent of N_opt, by the {name}", xlim=(0.36, 0.56))
+    axes[0].set_ylabel("of 400 simulated studies")
+    return fig
 
 
-def bootstrap(points: Points, budgets, times: int = 400) -> tuple[list[float], list[Law]]:
-    """Approach 2's exponents and Approach 3's laws, over runs drawn again."""
-    counts = resampled(points, budgets, times)
-    second = [isoflop(points[np.repeat(np.arange(len(points)), count.astype(int))], budgets)
-              for count in counts]
-    return second, fit_law(points, counts, start=fit_law(points))
+def write_isoflop() -> None:
+    rows, points, budgets = collected()
+    where = RESULTS / "isoflop"
+    write(where / "runs.csv", csv_of(rows))
+    write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs "
+          f"executed. `python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets)}\n"
+          f"## The exponent a, counted otherwise\n\n{conventions()}\n[Every run](runs.csv)\n\n"
+          "![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
+    save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
+    save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute", SETTING)
+    save(gap_figure(rows, points, budgets), where / "gap.png",
+         "At equal FLOPs, each at its own best size, dense ends lower", SETTING)
+    print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
 
-def without_each(points: Points, budgets) -> list[tuple[float, float, float]]:
-    """(the budget left out, Approach 2's exponent, Approach 3's) for each."""
-    rest = [(C, points[nearest(points, budgets) != i], [c for c in budgets if c != C])
-            for i, C in enumerate(budgets)]
-    return [(C, isoflop(kept, others), fit_law(kept).exponent) for C, kept, others in rest]
+def conventions() -> str:
+    """The same runs, with N without embedding and head, and with C as 6 N D."""
+    table = []
+    for count, flops in CONVENTIONS:
+        _, points, budgets = collected(count, flops)
+        table.append([f"{count}, {flops}", *(f"{a:.3f}" for kind in KINDS for a in (
+            exponent_of(points[kind], budgets[kind]), fit_law(points[kind]).exponent))])
+    return markdown(["N, FLOPs", *(f"{KINDS[kind].label}, {by}" for kind in KINDS
+                                   for by in ("parabolas", "law"))], table)
 
 
-def design(budgets, sizes, law: Law) -> Points:
-    """What runs of these sizes end at under a law, without noise; sizes is a list for each budget."""
-    N = np.concatenate([np.asarray(s, float) for s in sizes])
-    C = np.concatenate([np.full(len(s), float(c)) for c, s in zip(budgets, sizes)])
-    return Points(N, C / (6 * N), C, law(N, C / (6 * N)))
+def write_parametric() -> None:
+    _, points, budgets = collected()
+    where, design = RESULTS / "parametric", papers_design()
+    spreads = {sigma: simulate(design, PAPER_BUDGETS, sigma) for sigma in (0.005, 0.01, 0.02)}
+    precision = markdown(["noise of a run (nats)", "a by parabolas", "a by the parametric law"], [
+        [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
+        for sigma, found in spreads.items()])
+    write(where / "table.md", f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N total. "
+          "`python -m paper.scaling parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
+          f"{laws_table(points, budgets)}\n![residuals](residuals.png)\n\n"
+          f"## What the paper's design can tell\n\n400 studies of {len(design)} runs of the paper's sizes "
+          f"and budgets, with its own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
+          f"{precision}\n![precision](precision.png)\n")
+    save(residuals_figure(points), where / "residuals.png", "What the parametric law leaves", SETTING)
+    save(precision_figure(spreads), where / "precision.png",
+         "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
+         "400 simulated studies of 39 runs each, the paper's parametric law as the truth")
+    print(f"{where}/table.md, residuals.png, precision.png")
 
 
-def simulate(points: Points, budgets, sigma: float, times: int = 400, seed: int = 0) -> np.ndarray:
-    """(times, 2): the exponents that the two approaches find when each run has noise of sigma nats."""
-    noise = sigma * np.random.default_rng(seed).standard_normal((times, len(points)))
-    studies = replace(points, L=points.L + noise)
-    laws = fit_law(studies, start=fit_law(points))
-    return np.array([(isoflop(replace(points, L=L), budgets), law.exponent)
-                     for L, law in zip(studies.L, laws)])
+def laws_table(points, budgets) -> str:
+    """The fitted law of each kind, with intervals."""
+    table = []
+    for kind, p in points.items():
+        law, (_, laws) = fit_law(p), bootstrap(p, budgets[kind])
+        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})" for key in PARAMETERS
+                 for a, b in [interval([getattr(x, key) for x in laws])]]
+        table.append([KINDS[kind].label, str(len(p)), *cells, ", ".join(law.at_bounds()) or "none"])
+    return markdown(["", "runs", "E", "A", "alpha", "B", "beta", "a = beta / (alpha + beta)", "at a bound"],
+                    table)
+
+
+PARTS = {"isoflop": write_isoflop, "parametric": write_parametric}
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=[*PARTS, "plan"], metavar="NAME", help="isoflop, parametric or plan")
+    parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
+                        help="of plan: nano, or any other for the paper's own runs (nano)")
+    parser.add_argument("--rate", type=number(), help="of plan: FLOPs a second of the machine")
+    args = parser.parse_args(argv)
+    if args.name == "plan":
+        rate = args.rate or (2e10 if args.scale == "nano" else 3.2e15)  # two CPU cores; 8 H100s at 40%
+        return print("\n".join(isoflop.plan(args.scale, kind, rate) for kind in KINDS))
+    isoflop.make()
+    PARTS[args.name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,147 @@
-"""Markdown tables."""
+"""The tables of paper.reproduce, from the logs that are there, and the page of each experiment."""
+
+import math
+import statistics
+from pathlib import Path
+
+from lib.cli import UserError
+from paper import draw, runs
+from paper.arms import ARMS, TRANSFERRED
+from paper.experiments import EXPERIMENTS, arms_and_scale, gap, outcomes_of
+from paper.output import markdown, save, write
+from paper.runs import RESULTS, Run, Scale, log_of
+
+TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
+def table(name: str, found) -> str:
+    """Every arm at its best learning rate, beside the paper, as Markdown."""
+    least, paper = min(o.mean for o in found), [o.paper for o in found if o.paper]
+    tasks = [task for task in TASKS if any(f"{task}_acc_norm" in o.scores for o in found)]
+    costs = EXPERIMENTS[name].memory
+    head = ["", "lr", f"validation loss ({draw.unit(found)})", "n", "perplexity", "over the best",
+            "lr within 5%", "steps", "FLOPs", *tasks,
+            *(["parameters", "state (MB)", "training memory (MB)", "s / step"] if costs else []),
+            *(["the paper's perplexity", "its loss over its best"] if paper else [])]
+    rows = []
+    for o in found:
+        row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
+               over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
+               *(f"{o.scores[key]:.2%}" if (key := f"{task}_acc_norm") in o.scores else "" for task in tasks)]
+        if costs and o.logs:
+            row += [f"{o.memory['parameters']:,}", f"{o.memory['optimizer'] / 1e6:.1f}",
+                    f"{o.memory['all'] / 1e6:.1f}", f"{o.seconds:.2f}" if o.seconds else ""]
+        if paper:
+            theirs = o.paper or math.inf
+            row += [f"{theirs:.2f}", over(math.log(theirs), math.log(min(paper)))]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def differences(name: str, found) -> str:
+    """How much higher the second arm of each pair ends than the first."""
+    rows = []
+    for a, b in EXPERIMENTS[name].pairs(found):
+        difference, interval, seeds = gap(a, b)
+        rows.append([f"{b.label} − {a.label}", "" if difference is None else f"{difference:+.3f}",
+                     "" if interval is None else f"± {interval:.3f}", str(seeds)])
+    return markdown(["difference", "nats", "95% interval", "seeds"], rows) if rows else ""
+
+
+def norms(found) -> str:
+    """Medians over the logged steps of seed 0, the last one left out, whose lr is nearly zero."""
+    rows = []
+    for o in (o for o in found if o.logs):
+        def values(key):
+            return [x for _, x in o.logs[0].points(key)[:-1]]
+        rows.append([o.label, f"{o.lr:g}", f"{statistics.median(values('dW')):.3g}",
+                     f"{max(values('gauge')):.2f}", f"{statistics.median(values('dy')):.3g}",
+                     f"{o.logs[0].points('W')[-1][1]:.3g}"])
+    head = ["", "lr", "median ‖dW‖₂", "largest ‖dW‖₂ / lr", "median rms of dy", "last ‖W‖₂"]
+    return markdown(head, rows)
+
+
+def step_ratios(low, dense) -> str:
+    """Figure 2's ratio of the two steps of W."""
+    rows = []
+    for log, label in ((dense.logs[0], f"each at its best lr ({low.lr:g}, {dense.lr:g})"),
+                       (log_of(Run(dense.arm, low.lr), runs.scale_of("nano")), f"both at {low.lr:g}")):
+        if log:
+            ratios = [ratio for _, ratio in draw.ratios(low.logs[0], log, "dW")]
+            rows.append([label, f"{statistics.median(ratios):.1f}", f"{max(ratios):.1f}", "10 to 30"])
+    return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], rows)
+
+
+def one_lr(found) -> str:
+    """Of each method, the learning rate that is best for all its shapes, and what it costs them."""
+    rows = []
+    for method, arms in TRANSFERRED.items():
+        grids = [(o.grid, o.lr) for o in found if o.arm in arms and o.lr]
+        lrs = grids[0][0] if grids else ()
+        above = {lr: [grid[lr] - grid[best] for grid, best in grids]
+                 for lr in lrs if all(grid.get(lr) is not None for grid, _ in grids)}
+        if above:
+            lr = min(above, key=lambda lr: sum(above[lr]))
+            rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
+                         f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
+    return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
+                     "largest"], rows)
+
+
+def all_tables(name: str, found) -> str:
+    """The tables of an experiment, one below the other."""
+    parts = [table(name, found)]
+    if EXPERIMENTS[name].norms:
+        parts += [norms(found), step_ratios(*found) if name == "fig2" and all(o.logs for o in found) else ""]
+    if name == "transfer":
+        parts.append(one_lr(found))
+    return "\n".join(filter(None, [*parts, differences(name, found)]))
+
+
+def best_lr(o) -> str:
+    edge = o.lr in (min(o.grid), max(o.grid)) if len(o.grid) > 1 else False
+    return f"{o.lr:g}" + " (the edge of its grid)" * edge if o.lr else ""
+
+
+def over(loss: float, best: float) -> str:
+    return "" if math.isinf(loss) else f"{loss / best - 1:+.1%}"
+
+
+def setting(scale: Scale, found) -> str:
+    steps, seeds = f"{scale.steps:,}" if scale.steps else "the paper's", max(len(o.by_seed) for o in found)
+    return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}; "
+            + ("seed 0" if seeds < 2 else f"up to {seeds} seeds at each arm's best learning rate"))
+
+
+def prepare(name: str, scale: Scale, dry: bool = False) -> None:
+    """Make every run that an experiment needs and that is missing; dry: only say how many. UserError for one
+    that scores tasks whose files are not there."""
+    arms, own = arms_and_scale(name, scale)
+    print(f"{name}: {runs.estimate(arms, own)}", flush=True)
+    if dry:
+        return
+    scored = EXPERIMENTS[name].tasks and not scale.nano
+    if scored and not EVALS.is_dir():
+        raise UserError(f"{name} scores HellaSwag, PIQA and ARC-Easy, and {EVALS} is not there: "
+                        "python -m tools.download evals")
+    runs.sweep(arms, own)
+    for o in outcomes_of(name, scale) if scored else []:
+        if o.lr:
+            runs.score(Run(o.arm, o.lr), scale, TASKS)
+
+
+def report(name: str, scale: Scale) -> None:
+    """table.md and figure.png of an experiment whose runs are there."""
+    where, e, found = RESULTS / name / scale.name, EXPERIMENTS[name], outcomes_of(name, scale)
+    every = "\n".join(f"- {o.label}: " + ", ".join(
+        f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
+        for o in found)
+    write(where / "table.md", f"# {e.title}\n\n{setting(scale, found)}. `{runs.reproduce(name, scale)}`\n\n"
+          f"{all_tables(name, found)}\n{e.note}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
+          "![figure](figure.png)\n")
+    lost = [o.label for o in found if not o.logs]
+    if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr, draw.loss_over_adam_lr):
+        return print(f"{where}/table.md; no figure: no loss of {', '.join(lost)}")
+    message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
+    save(e.figure(found, scale), where / "figure.png", message or e.title, setting(scale, found))
+    print(f"{where}/table.md, figure.png", flush=True)

@@ -1,10 +1,14 @@
-"""tools/bench.py: its instruments, its messages, and that each part runs. No assertion is about a time."""
+"""paper/bench.py: its instruments, its messages, and that each part runs. No assertion is about a time."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import eval as evaluation
 from conftest import ROOT, TINY
+from lib.methods import flops_per_token
 from paper import bench
 
 SMALL = "nano-0.6M"
@@ -52,33 +56,35 @@ def test_a_step_of_the_bench_is_a_step_of_train_py(run, flags):
         assert torch.equal(p, trainer.model.get_parameter(name)), name
 
 
-def test_the_plain_gpt_has_the_parameters_that_the_bench_says():
-    assert sum(p.numel() for p in bench.PlainGPT().parameters()) == pytest.approx(3.3e6, rel=0.02)
-
-
-def test_the_plain_gpt_is_causal():
-    gpt, tokens, out = bench.PlainGPT(), torch.randint(320, (1, 16)), []
-    other = tokens.clone()
-    other[0, 8:] = 0
-    gpt.blocks.register_forward_hook(lambda module, inputs, output: out.append(output))
-    for text in tokens, other:
-        gpt(text, text)
-    assert torch.allclose(out[0][:, :8], out[1][:, :8], atol=1e-5)
-    assert not torch.allclose(out[0][:, 8:], out[1][:, 8:], atol=1e-5)
-
-
-@pytest.mark.parametrize("part", ["optimizer", "sequence", "init", "memory"])
+@pytest.mark.parametrize("part", ["optimizer", "sequence", "memory"])
 def test_a_part_that_needs_no_corpus_makes_its_rows(once, part):
     rows = [*bench.CPU[part](SMALL)]
     assert rows and all(len(cells(row)) == 4 and SMALL in row for row in rows)
 
 
-@pytest.mark.parametrize("part, against", [("nano", ["dense", "GPT"]), ("batches", ["a step"]),
-                                           ("start", ["import torch"])])
-def test_a_part_that_reads_the_corpus_makes_its_rows(once, flags, part, against):
-    rows = [cells(row) for row in bench.CPU[part](flags)]
-    assert [len(row) for row in rows] == [4] * len(against)
-    assert all(word in row[2] for word, row in zip(against, rows))
+def test_whole_steps_are_timed_beside_those_of_dense_weights(once, flags):
+    row, = map(cells, bench.nano(flags))
+    assert len(row) == 4 and "training nano-0.6M" in row[0] and "dense" in row[2]
+
+
+def test_seconds_are_those_of_every_way_to_train_that_a_table_compares(monkeypatch, tmp_path):
+    made = []
+
+    class Trainer:
+        def __init__(self, flags, random):
+            made.append(flags)
+
+        def step(self):
+            pass
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "Trainer", Trainer)
+    assert "results/seconds/nano.json: " in next(bench.seconds("nano", 1))
+    written = json.loads(Path("results/seconds/nano.json").read_text())
+    committed = json.loads((ROOT / "results/seconds/nano.json").read_text())
+    assert list(written["seconds"]) == list(committed["seconds"]) and len(made) == len(written["seconds"])
+    assert written["command"] == committed["command"] == "python -m paper.bench seconds --scale nano"
+    next(bench.seconds("S", 1))
+    assert list(json.loads(Path("results/seconds/S.json").read_text())["seconds"]) == ["spectron", "dense"]
 
 
 def test_tokenize_writes_shards_beside_tiktoken(once, tmp_path):
@@ -118,7 +124,7 @@ def test_predicted_hours_follow_the_formula(capsys):
     rows = [cells(line) for line in capsys.readouterr().out.splitlines() if " h |" in line]
     hours = {row[0]: [float(cell.split()[0].replace(",", "")) for cell in row[3:6]] for row in rows}
     with torch.device("meta"):
-        flops = bench.Llama(bench.SIZES["L"]).flops_per_token() * bench.train.paper_steps("L", False) * 2**20
+        flops = flops_per_token(bench.Llama(bench.SIZES["L"])) * bench.train.paper_steps("L", False) * 2**20
     assert hours["L"][0] == pytest.approx(flops / 5e14 / 3600, abs=0.01)
     assert hours["L"][1] == pytest.approx(hours["L"][0] / 8, abs=0.01)
 
@@ -126,9 +132,9 @@ def test_predicted_hours_follow_the_formula(capsys):
 def test_all_parts_together_write_a_table_and_some_of_them_do_not(capsys, monkeypatch, tmp_path):
     def part():
         yield bench.row("what", 1, 2, "0.50x")
-    monkeypatch.setattr(bench, "CPU", {"optimizer": part, "init": part})
+    monkeypatch.setattr(bench, "CPU", {"optimizer": part, "nothing": part})
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench")
-    bench.main(["init"])
+    bench.main(["optimizer"])
     assert not (tmp_path / "bench").exists()
     capsys.readouterr()
     bench.main([])
@@ -142,4 +148,4 @@ def test_misuse_is_named(fails, monkeypatch):
     fails(bench.main, ["tokenize"], "--text FILE")
     fails(bench.main, ["decoding"], "--run out/run")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fails(bench.main, ["--gpu"], "CUDA", "python -m tools.bench")
+    fails(bench.main, ["--gpu"], "CUDA", "python -m paper.bench")

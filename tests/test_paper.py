@@ -3,9 +3,12 @@ committed tables that are what the committed logs say."""
 
 import json
 import math
+import multiprocessing
 import os
+import random
+import re
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,14 +17,24 @@ from pathlib import Path
 
 import pytest
 
+from lib.methods import count_parameters
+import train
 from conftest import ROOT
-from model import NANO_SIZES, SIZES, count_parameters
-from paper import experiments, reproduce, runs
+from model import NANO_SIZES, SIZES
+from paper import equilibrated, experiments, logs, output, reproduce, runs, tables
 from paper.arms import ARMS
 from paper.runs import Run
 
 NANO = runs.scale_of("nano")
-DONE = [name for name in experiments.EXPERIMENTS if (ROOT / f"results/{name}/nano/table.json").is_file()]
+RESULTS = ROOT / "results"
+PAGES = sorted(page for name in experiments.EXPERIMENTS for page in RESULTS.glob(f"{name}/*/table.md"))
+FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+needs_fork = pytest.mark.skipif(FORK is None, reason="no fork here")
+
+
+def command_of(page: Path) -> list[str]:
+    """What comes after python -m paper.reproduce in the command that a page says it is made by."""
+    return shlex.split(re.search(r"`python -m paper.reproduce (.*?)`", page.read_text("utf-8"))[1])
 
 
 @pytest.fixture
@@ -31,28 +44,26 @@ def store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def write(run, loss, scale=NANO):
-        log = runs.log_of(run, scale)
-        log.parent.mkdir(parents=True, exist_ok=True)
         header = {"config": {"steps": 200, "model": {"vocab_size": 320}, "eval_tokens": 9}}
         row = {"step": 7, "diverged": loss} if isinstance(loss, str) else {
             "step": 200, "seconds": 20.0, "flops": 1e12, "val_loss": loss, "loss": loss, "lr": run.lr}
         first = {"step": 1, "seconds": 1.0, "flops": 1e10, "loss": 5.0, "val_loss": 5.0, "lr": run.lr}
-        log.write_text("".join(json.dumps(record) + "\n" for record in (header, first, row)))
-        return log
+        logs.add(runs.pack_of(scale), run.name, [header, first, row])
+        return runs.log_of(run, scale)
     return write
 
 
 # -------------------------------------------------- Counts --------------------------------------------------
 
 def test_tables_4_and_5_are_the_papers_counts():
-    table5 = reproduce.counts("table5")
-    for row in experiments.PAPER["table5_sizes"]:
-        c = replace(SIZES[row["size"]], vocab_size=32000, rank_ratio=0.25)
-        low, unit = count_parameters(c), {"M": 1e6, "B": 1e9}[row["lowrank"][-1]]
-        assert abs(low / unit - float(row["lowrank"][:-1])) < (0.06 if unit == 1e9 else 1)
-        dense = count_parameters(replace(c, rank_ratio=None)) / 1e6
-        made = f"| {dense:,.1f}M | {row['size']} | {low / 1e6:,.1f}M | {row['lowrank']} |"
-        assert made in table5
+    lines = reproduce.counts("table5").splitlines()[6:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(row[0], row[5]) for row in rows] == list(experiments.PAPER["table5"].items()) and len(rows) == 12
+    for size, _, dense, theirs, low, theirs_low in rows:
+        unit, off = {"M": (1.0, 1), "B": (1e3, 0.06)}[theirs_low[-1]]
+        assert abs(float(low[:-1].replace(",", "")) / unit - float(theirs_low[:-1])) < off
+        assert theirs == size and float(dense[:-1].replace(",", "")) == pytest.approx(
+            float(size[:-1]) * {"M": 1.0, "B": 1e3}[size[-1]], rel=0.03)
     rows = reproduce.counts("table4").splitlines()[6:]
     assert [row.split()[1] for row in rows] == ["134M", "500M", "780M"]
 
@@ -69,9 +80,10 @@ def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
 def test_every_arm_of_a_comparison_starts_from_as_many_learning_rates():
     for name, e in experiments.EXPERIMENTS.items():
         for scale in NANO, runs.scale_of("S"):
-            grids = [runs.lrs_of(arm, scale, e.few) for arm in experiments.arms_of(name, scale)
-                     if ARMS[arm].swept]
+            arms, own = experiments.arms_and_scale(name, scale)
+            grids = [runs.lrs_of(arm, own) for arm in arms if ARMS[arm].swept]
             assert {len(grid) for grid in grids} == {3 if e.few else scale.lrs}
+            assert own.seeds == (1 if e.single else scale.seeds)
             assert all(b / a in (2, 2.5) for grid in grids for a, b in zip(grid, grid[1:]))
 
 
@@ -90,9 +102,9 @@ def test_the_best_lr_is_that_of_seed_0_and_the_mean_is_over_the_seeds(store):
 
 
 def test_a_loss_above_that_of_knowing_nothing_is_a_divergence(store):
-    assert runs.final_loss(store(Run("adamw", 1e-3), math.log(320) - 0.01)) is not None
-    assert runs.final_loss(store(Run("adamw", 2e-3), math.log(320) + 0.01)) is None
-    assert runs.final_loss(store(Run("adamw", 5e-3), None)) is None
+    assert store(Run("adamw", 1e-3), math.log(320) - 0.01).final_loss is not None
+    assert store(Run("adamw", 2e-3), math.log(320) + 0.01).final_loss is None
+    assert store(Run("adamw", 5e-3), None).final_loss is None
     assert str(experiments.outcome("neither", NANO)) == "not run"
     for lr in 0.5, 1.0, 2.0:
         store(Run("neither", lr), "gone")
@@ -107,13 +119,14 @@ def test_a_grid_grows_where_its_best_is_at_the_edge(store):
 
 
 def test_of_few_learning_rates_no_more_are_looked_at_than_of_the_other_arms(store):
+    few = replace(NANO, lrs=3)
     for lr, loss in (0.02, 1.4), (0.05, 1.6), (0.1, 1.5), (0.2, 1.7), (0.5, 1.3):
         store(Run("spectron", lr), loss)
-    assert runs.tried("spectron", NANO, few=True) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.7}, [])
+    assert runs.tried("spectron", few) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.7}, [])
     store(Run("spectron", 0.2), 1.45)
-    assert runs.tried("spectron", NANO, few=True) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.45, 0.5: 1.3}, [1.0])
+    assert runs.tried("spectron", few) == ({0.05: 1.6, 0.1: 1.5, 0.2: 1.45, 0.5: 1.3}, [1.0])
     store(Run("spectron", 1.0), 1.2)
-    found, missing = runs.tried("spectron", NANO, few=True)
+    found, missing = runs.tried("spectron", few)
     assert runs.best_of(found) == 1.0 and not missing  # at the edge, but a grid grows twice at most
     assert runs.tried("spectron", NANO)[1] == [2.0]  # six of its own, and none outside them yet
 
@@ -123,24 +136,25 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
 
     def make_all(wanted, scale):
         for run in wanted:
-            if not runs.log_of(run, scale).is_file():
+            if not runs.log_of(run, scale):
                 made.append(run)
                 store(run, 1.5 + abs(math.log(run.lr / ARMS[run.arm].lr / 2.5)) + run.seed / 100)
     monkeypatch.setattr(runs, "make_all", make_all)
     store(Run("adamw", 1e-3), 1.8)
-    for few, wanted in (False, [2e-4, 5e-4, 2e-3, 5e-3, 1e-2]), (True, []):
-        runs.sweep(["adamw"], NANO, few)
+    for lrs, wanted in (6, [2e-4, 5e-4, 2e-3, 5e-3, 1e-2]), (3, []):
+        runs.sweep(["adamw"], replace(NANO, lrs=lrs))
         assert sorted(run.lr for run in made if run.seed == 0) == wanted
-        assert [run for run in made if run.seed] == ([] if few else [Run("adamw", 2e-3, k) for k in (1, 2)])
+        assert [run for run in made if run.seed] == ([] if lrs == 3 else
+                                                     [Run("adamw", 2e-3, k) for k in (1, 2)])
         made.clear()
-    runs.sweep(["rank-0.4"], NANO, few=True, single=("rank-0.4",))
+    runs.sweep(["rank-0.4"], replace(NANO, lrs=3, seeds=1))
     assert sorted(run.lr for run in made) == [0.05, 0.1, 0.2, 0.5]  # 0.2 was at the edge
 
 
 def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
     dense, spectron = (runs.flops_per_token(arm, NANO) for arm in ("dense", "spectron"))
     assert runs.steps_of("dense-flops", NANO) == round(200 * spectron / dense) < 130
-    with pytest.raises(runs.UserError, match="python -m paper.seconds --scale nano"):
+    with pytest.raises(runs.UserError, match="python -m paper.bench seconds --scale nano"):
         runs.steps_of("dense-time", NANO)
     Path("results/seconds").mkdir(parents=True)
     Path("results/seconds/nano.json").write_text('{"seconds": {"spectron": 0.5, "dense": 1.0}}')
@@ -159,7 +173,7 @@ def test_differences_are_taken_seed_by_seed():
     assert experiments.gap(a, outcome("neither")) == (None, None, 0)
     torn = outcome("adamw", 1.7, None, 1.9)  # the seeds that both have
     assert experiments.gap(outcome("spectron", 1.5, 1.6, 1.7), torn) == pytest.approx((0.2, 0, 2), abs=1e-9)
-    table = reproduce.differences("table1", [a, near, outcome("self-guided")])
+    table = tables.differences("table1", [a, near, outcome("self-guided")])
     assert "| AdamW − Spectron | +0.050 | ± 0.127 | 2 |" in table
     assert "| self-guided, AdamW − AdamW |  |  | 0 |" in table
 
@@ -176,12 +190,82 @@ def test_the_width_is_of_the_learning_rates_within_5_percent():
 def test_thinning_keeps_the_first_the_validated_and_the_last():
     rows = [{"config": {}}, *({"step": i, "loss": 1 / 3, "val_loss": 1.0 if i == 777 else None}
                               for i in range(1, 1001))]
-    kept = [json.loads(row) for row in runs.thinned([json.dumps(row) for row in rows])]
+    kept = logs.thinned(rows)
     steps = [row["step"] for row in kept[1:]]
     assert kept[0] == {"config": {}} and steps[0] == 1 and steps[-1] == 1000 and 777 in steps
     assert 100 <= len(steps) <= 103 and kept[1]["loss"] == 0.333333
 
 
+def test_packing_loses_nothing(tmp_path):
+    """Missing keys, nulls, the order of keys, integers beside floats, a second header in the middle: the text
+    of every record is the same afterwards."""
+    draw, path, kept = random.Random(0), tmp_path / "pack.jsonl", {}
+    values = [None, 0, 0.0, -1.5, 1e-300, 123456789012, "non-finite gradient", True, [1, None], {"a": 1}]
+    for i in range(30):
+        records = [{"argv": [], "config": {"steps": 3}}]
+        for step in range(draw.randrange(40)):
+            keys = draw.sample(["loss", "lr", "val_loss", "rank", "dW"], draw.randrange(5))
+            records.append({"step": step, **{key: draw.choice(values) for key in keys}} if draw.random() < 0.9
+                           else {"config": {"resumed": True}, "git": None})
+        kept[f"run {i}, é"] = [json.dumps(record) for record in records]
+        logs.add(path, f"run {i}, é", records)
+    found = {name: [json.dumps(record) for record in records] for name, records in logs.read(path).items()}
+    assert found == kept and list(found) == sorted(kept)
+    before = path.read_bytes()
+    logs.add(path, "run 7, é", [json.loads(row) for row in kept["run 7, é"]])
+    assert path.read_bytes() == before
+
+
+def test_what_another_process_adds_is_seen_and_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "pack.jsonl"
+    assert logs.read(path) == {} and logs.get(path, "a") is None
+    logs.add(path, "a", [{"config": {"steps": 1}}, {"step": 1}])
+    assert logs.get(path, "a").is_finished and logs.get(path, "b") is None
+    path.write_text(path.read_text() + '{"run": "b", "log": [{"step": [1, 2')
+    with pytest.raises(runs.UserError, match="pack.jsonl is damaged.*git checkout"):
+        logs.read(path)
+
+
+def add_many(path, writer, count, pipe=None):
+    for i in range(count):
+        logs.add(path, f"{writer}-{i}", [{"config": {}}, {"step": i, "loss": i / 3}])
+        if pipe:
+            pipe.send(i)
+
+
+@needs_fork
+def test_two_writers_at_once_lose_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs/pack.jsonl")
+    writers = [FORK.Process(target=add_many, args=(path, name, 20)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert set(logs.read(path)) == {f"{name}-{i}" for name in "ab" for i in range(20)}
+
+
+@needs_fork
+def test_a_kill_in_the_middle_of_writing_leaves_a_whole_file(tmp_path, monkeypatch):
+    """With every run that had been added, and no lock that stays behind."""
+    monkeypatch.chdir(tmp_path)
+    path, draw, added = Path("runs/pack.jsonl"), random.Random(0), set()
+    for attempt in range(8):
+        receiving, sending = FORK.Pipe(duplex=False)
+        writer = FORK.Process(target=add_many, args=(path, f"w{attempt}", 1000, sending))
+        writer.start()
+        added.add(f"w{attempt}-{receiving.recv()}")
+        time.sleep(0.05 * draw.random())
+        writer.kill()
+        writer.join()
+        while receiving.poll():
+            added.add(f"w{attempt}-{receiving.recv()}")
+        assert added <= set(logs.read(path))
+    logs.add(path, "after", [{"config": {}}])
+    assert added < set(logs.read(path))
+
+
+@needs_fork
 def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(runs, "OUT", tmp_path / "out")
@@ -189,37 +273,41 @@ def test_a_run_that_is_killed_goes_on_and_its_log_is_made_once(corpus, tmp_path,
     scale = runs.scale_of("nano-0.6M", str(corpus), steps=60, tokens_per_step=256)
     scale = replace(scale, flags=("--seq_len", "32", "--device", "cpu"))
     run, out = Run("spectron", 0.1), tmp_path / "out" / scale.name / "spectron-lr0.1-seed0"
-    process = subprocess.Popen(runs.command(run, scale), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "ckpt.pt").is_file() and process.poll() is None:
+    flags = runs.command(run, scale)
+    process = FORK.Process(target=train.main, args=(flags[flags.index("train.py") + 1:],))
+    process.start()
+    while not (out / "ckpt.pt").is_file() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not runs.is_finished(out / "log.jsonl") and "--resume" in runs.command(run, scale)
     runs.make_all([run], scale)
-    log = runs.log_of(run, scale)
-    assert runs.is_finished(log) and runs.final_loss(log) < 4.8
-    assert len({row["step"] for row in runs.read_log(log)[1]}) == len(runs.read_log(log)[1])
-    stamp = log.stat().st_mtime_ns
+    log, pack = runs.log_of(run, scale), runs.pack_of(scale)
+    assert log.is_finished and log.final_loss < 4.8
+    assert len({row["step"] for row in log.steps}) == len(log.steps)
+    assert sum("config" in record for record in logs.read(pack)[run.name]) == 2  # where each part was made
+    stamp = pack.stat().st_mtime_ns
     runs.make_all([run], scale)
-    assert log.stat().st_mtime_ns == stamp
+    assert pack.stat().st_mtime_ns == stamp
 
 
-def test_sigterm_lets_the_runs_save_and_leaves_none_behind(tmp_path):
+@needs_fork
+def test_sigterm_lets_the_runs_save_and_leaves_none_behind(tmp_path, monkeypatch):
     """The same command would otherwise train beside an orphan."""
-    script = ("from pathlib import Path\nfrom paper import runs\n"
-              f"runs.RESULTS, runs.OUT = Path({str(tmp_path / 'r')!r}), Path({str(tmp_path / 'out')!r})\n"
-              "scale = runs.scale_of('nano-0.6M')\nruns.make_all([runs.Run('spectron', 0.1)], scale)\n")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
-    out = tmp_path / "out/nano-0.6M/spectron-lr0.1-seed0"
-    while process.poll() is None and not ((out / "log.jsonl").is_file()
-                                          and '"step": 1,' in (out / "log.jsonl").read_text()):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs, "OUT", tmp_path / "out")
+    monkeypatch.chdir(ROOT)
+    scale, out = runs.scale_of("nano-0.6M"), tmp_path / "out/nano-0.6M/spectron-lr0.1-seed0"
+    process = FORK.Process(target=runs.make_all, args=([Run("spectron", 0.1)], scale))
+    process.start()
+    while process.is_alive() and not ((out / "log.jsonl").is_file()
+                                      and '"step": 1,' in (out / "log.jsonl").read_text()):
         time.sleep(0.1)
     with pytest.raises(runs.UserError, match="another process"), runs.alone(tmp_path / "out/nano-0.6M"):
         pass
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    assert process.returncode and (out / "ckpt.pt").is_file() and not runs.is_finished(out / "log.jsonl")
+    process.terminate()
+    process.join(60)
+    assert process.exitcode and (out / "ckpt.pt").is_file() and not runs.is_finished(out / "log.jsonl")
     with runs.alone(tmp_path / "out/nano-0.6M"):  # nobody is left
         pass
 
@@ -238,20 +326,21 @@ def test_above_nano_eval_scores_the_tasks_and_the_table_has_them(store, monkeypa
 
     def evaluate(command):
         asked.append(command)
-        Path(command[-1]).write_text(json.dumps({f"{task}_acc_norm": 0.25 for task in reproduce.TASKS}))
+        Path(command[-1]).write_text(json.dumps({f"{task}_acc_norm": 0.25 for task in tables.TASKS}))
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(runs.subprocess, "run", evaluate)
     monkeypatch.setattr(runs, "make_all", lambda wanted, scale: [
         store(run, 3 + abs(math.log(2 * run.lr / ARMS[run.arm].lr)), scale) for run in wanted])
     with pytest.raises(runs.UserError, match="tools.download evals"):
-        reproduce.prepare("table1", S)
+        tables.prepare("table1", S)
     Path("data/evals").mkdir(parents=True)
-    reproduce.prepare("table1", S)
+    tables.prepare("table1", S)
     assert len(asked) == 3 and "out/paper/S-9x1048576/spectron-lr0.05-seed0" in asked[0]
-    assert "hellaswag,piqa,arc_easy" in asked[0] and reproduce.table("table1", S).count("25.00%") == 9
-    reproduce.prepare("fig7", S)
+    assert "hellaswag,piqa,arc_easy" in asked[0]
+    assert tables.table("table1", experiments.outcomes_of("table1", S)).count("25.00%") == 9
+    tables.prepare("fig7", S)
     assert len(asked) == 3 + 6
-    reproduce.report("fig7", S)
+    tables.report("fig7", S)
     assert Path("results/fig7/S-9x1048576/figure.png").stat().st_size > 10_000
 
 
@@ -260,7 +349,7 @@ def test_arms_that_diverge_are_drawn_and_said(store):
         for name in "spectron", "orthogonalize", "renormalize":
             store(Run(name, lr / 10), 1.5 + lr)
         store(Run("neither", lr), "gone")
-    reproduce.report("table2", runs.scale_of("nano", lrs=3))
+    tables.report("table2", runs.scale_of("nano", lrs=3))
     text = Path("results/table2/nano/table.md").read_text()
     assert "neither (SGD) | " in text and "diverged at every lr" in text
     assert Path("results/table2/nano/figure.png").stat().st_size > 10_000
@@ -279,29 +368,95 @@ def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
     printed = capsys.readouterr().out
     assert "0 of 24 runs are there; 24 and up to 8 with other seeds" in printed and "FLOPs" in printed
     assert "fig7" in printed.splitlines()[0] and "chance" in printed.splitlines()[0]
-    reproduce.main(["all", "--dry_run", "--scale", "S"])  # nobody has timed S
-    printed = capsys.readouterr().out
-    assert "fig5: 0 of 9 runs are there" in printed and "nano's sizes" in printed.splitlines()[0]
+    reproduce.main(["fig5", "--dry_run", "--scale", "S"])  # nobody has timed S
+    assert "fig5: 0 of 9 runs are there" in capsys.readouterr().out
+    reproduce.main(["transfer", "--dry_run", "--scale", "S"])
+    assert "nano's sizes" in capsys.readouterr().out
 
 
 # ----------------------------------------- What has been committed ------------------------------------------
 
-@pytest.mark.parametrize("name", DONE)
-def test_committed_tables_are_what_the_committed_logs_say(name, in_a_copy, monkeypatch):
-    monkeypatch.setattr(reproduce.draw, "save", lambda *args: None)  # figures are made, and not rendered
-    for directory in (path.parent for path in (ROOT / "results" / name).glob("*/table.json")):
-        made = json.loads((directory / "table.json").read_text())
-        reproduce.report(name, runs.scale_of(**made["scale"]))
-        for file in "table.md", "table.json":
-            again = Path("results") / name / directory.name / file
-            assert again.read_text() == (directory / file).read_text(), f"python -m paper.reproduce {name}"
-        assert (directory / "figure.png").stat().st_size > 10_000
-        assert all((ROOT / log).is_file() for arm in made["arms"] for log in arm["logs"])
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures are made and not rendered: (figure, path) of each."""
+    found = []
+    for module in tables, equilibrated:
+        monkeypatch.setattr(module, "save", lambda fig, path, *words: found.append((fig, path)))
+    return found
 
 
-def test_the_results_readme_is_what_the_committed_logs_say(in_a_copy):
-    text = (ROOT / "results/README.md").read_text("utf-8")
-    assert reproduce.results_readme() == text, "python -m paper.reproduce report"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.parent.name}-{page.parent.name}")
+def test_committed_tables_are_what_the_committed_logs_say(page, in_a_copy, drawn):
+    """And the command that makes a page is the one that it names."""
+    reproduce.main(command_of(page))
+    again = Path("results") / page.parent.parent.name / page.parent.name / "table.md"
+    assert again.read_text("utf-8") == page.read_text("utf-8"), command_of(page)
+    assert [path for _, path in drawn] == [again.with_name("figure.png")]
+    assert page.with_name("figure.png").stat().st_size > 10_000
+
+
+def test_the_page_of_equilibrated_spectron_is_what_the_committed_logs_say(tmp_path, monkeypatch, drawn):
+    shutil.copytree(RESULTS / "equilibrated", tmp_path / "results/equilibrated")
+    for room in "runs", "seconds":
+        (tmp_path / "results" / room).symlink_to(RESULTS / room)
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(["equilibrated"])
+    for name in "README.md", "rows.md":
+        made = Path("results/equilibrated", name)
+        assert made.read_bytes() == (ROOT / made).read_bytes()
+    assert len(drawn) == 7
+
+
+@pytest.mark.parametrize("name", reproduce.COUNTS)
+def test_committed_counts_are_what_the_code_says(name):
+    assert (RESULTS / name / "table.md").read_text("utf-8") == reproduce.counts(name)
+
+
+@pytest.mark.parametrize("argv", [["table2"], ["fig5"], ["report"]], ids=lambda argv: argv[0])
+def test_a_command_leaves_what_is_committed_as_it_is(argv, tmp_path, monkeypatch):
+    """Byte by byte, figures too, where they are the same to the eye."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(argv)
+    for path in (path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".part"):
+        assert (tmp_path / "results" / path.relative_to(RESULTS)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_figure_is_written_again_only_where_it_looks_different(tmp_path):
+    def save(height):
+        fig, (ax,) = tables.draw.panels(1, 4, 3)
+        ax.plot([0, 1], [0, height], label="a line")
+        ax.set_ylim(0, 2)
+        output.save(fig, path, "A message", "a setting")
+        return path.stat().st_mtime_ns, path.read_bytes()
+    path = tmp_path / "figure.png"
+    first, other = save(1.0), save(1.3)
+    assert first[1] != other[1] and save(1.3 + 1e-9) == other
+    assert b"Software" not in other[1] and b"Date" not in other[1]
+    path.write_text("no picture")
+    assert save(1.0)[1] == first[1]
+
+
+def test_every_file_of_the_results_is_named_by_a_page_or_read_by_a_command():
+    """And the results stay small."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md")]
+    linked = {(page.parent / link).resolve() for page in pages
+              for link in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))}
+    said = (RESULTS / "runs/README.md").read_text("utf-8") + "".join(
+        path.read_text("utf-8") for path in (ROOT / "paper").glob("*.py"))
+    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    idle = [path for path in files if path.resolve() not in linked and path not in PAGES
+            and path != RESULTS / "README.md" and not (path.suffix != ".md" and f"{path.name}" in said)
+            and path.parent != RESULTS / "seconds"]
+    assert not idle
+    assert len(files) <= 180 and sum(path.stat().st_size for path in files) <= 8_000_000
+
+
+def test_links_into_the_results_lead_to_a_file():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+            if "results/" in link or RESULTS in page.parents and "://" not in link:
+                assert (page.parent / link).exists(), f"{page}: {link}"
 
 
 @pytest.mark.parametrize("count", [1, 6, 15])

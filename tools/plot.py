@@ -67,6 +67,7 @@ def new_figure(width: float, height: float):
     os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there may not be installed
     import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcdefaults()  # whatever a matplotlibrc of the user says
     matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     return Figure(figsize=(width, height), layout="constrained")
 
