@@ -1,9 +1,9 @@
 """A Llama whose matrices exist only as factors, W = A @ B.T, and the twelve sizes of the paper's Table 5.
-
 Shapes in comments: B batch, T time, D width, H heads, V vocabulary; m out features, n in features, r rank.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 

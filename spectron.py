@@ -58,16 +58,16 @@ class Spectron(torch.optim.Optimizer):
             renormalize=renormalize))
 
     def add_param_group(self, group):
-        new, factors = {**self.defaults, **group, "params": "..."}, []
+        new = {**self.defaults, **group, "params": "..."}
+        factors = [p for x in group["params"] for p in (x if isinstance(x, tuple | list) else [x])]
         if not (new["lr"] >= 0 and new["weight_decay"] >= 0 and 0 <= new["momentum"] < 1):
             raise ValueError(f"out of range: lr, weight_decay or momentum of {new}")
         if new["ns_steps"] < 1 or new["power_steps"] < 1:
             raise ValueError(f"out of range: ns_steps or power_steps of {new}")
-        for A, B in group["params"]:
+        for A, B in zip(factors[::2], factors[1::2], strict=True):
             if hasattr(A, "full_tensor") or not (A.ndim == B.ndim == 2 and A.size(1) == B.size(1)
                                                  and A.requires_grad == B.requires_grad):
-                raise ValueError(f"no pair of whole A (m, r), B (n, r), frozen alike: {A.shape}, {B.shape}")
-            factors += [A, B]
+                raise ValueError(f"no pair A (m, r), B (n, r), unsharded, frozen alike: {A.shape}, {B.shape}")
         super().add_param_group({**group, "params": factors})
 
     @torch.no_grad()

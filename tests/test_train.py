@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_STEPS, TINY
 from launch import FLOAT64, train_on
 from lib.methods import Muon, assert_assigned, flops_per_token, split_parameters
 from model import Llama, LlamaConfig
+from paper import experiments, runs
 from spectron import Spectron
 from tools import plot, prepare, sample
 
@@ -422,9 +423,9 @@ def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
     assert seen == [64, 100_000_000]
 
 
-def test_the_default_learning_rates_at_nano_are_the_best_of_the_tables():
-    best = {arm["arm"]: arm["best_lr"] for name in ("rivals", "neighbours")
-            for arm in json.loads((ROOT / f"results/{name}/nano/table.json").read_text())["arms"]}
+def test_the_default_learning_rates_at_nano_are_the_best_of_the_tables(in_a_copy):
+    best = {o.arm: o.lr for name, seeds in (("rivals", 3), ("neighbours", 5))
+            for o in experiments.outcomes_of(name, runs.scale_of("nano", seeds=seeds))}
     rivals = [path.stem.replace("_", "-") for path in (ROOT / "baselines").glob("*.py")]
     for name in [*train.METHODS, *rivals]:
         assert train.find_method(name, {}).nano_lr == best[name], name
