@@ -94,7 +94,8 @@ def test_the_number_of_shards_that_is_said_to_fit_does(tmp_path, fails, monkeypa
 
 def test_what_has_arrived_is_promised_only_where_something_is_kept(server, tmp_path, fails):  # noqa: F811
     server.files["fineweb_val_000000.bin"] = b"a page that says no" * 99
-    fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path, "--url", server.url], "gave up", "tries again")
+    fails(download.main, ["fineweb", "-n", 1, "--out", tmp_path, "--url", server.url], "gave up",
+          "tries again")
     assert not list(tmp_path.glob("*.part"))
 
 
