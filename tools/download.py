@@ -13,9 +13,10 @@ after its size, its header or lines, and (where it is known) its SHA-256 were fo
 import errno
 import hashlib
 import http.client
+import itertools
 import json
+import shlex
 import shutil
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +25,8 @@ import zlib
 from pathlib import Path
 
 from data import open_shard
-from lib.cli import Parser, UserError, command
+from lib.cli import Parser, UserError, command, say
+from lib.outputs import own_name
 
 URL = "https://huggingface.co/datasets/kjj0/{corpus}-gpt2/resolve/main"
 SHARDS = {"fineweb10B": 103, "fineweb100B": 1030}  # training shards that are published
@@ -48,10 +50,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
-def fetch(url: str, path: Path, check, pause: float = 1.0,
+def fetch(url: str, path: Path, check, pause: float = 1.0, keep: bool = False,
           hint="Is --url right, and -n no larger than what is published?") -> None:
     """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError
-    for a bad file; hint is what to do about one that is not there.
+    for a bad file; hint is what to do about one that is not there. With `keep`, a file that was there stays,
+    under another name.
 
     Cut connections, server errors and bad files are tried again, ATTEMPTS times without progress, waiting
     twice as long each time. UserError where it does not help, and at once for a file that is not there.
@@ -64,6 +67,8 @@ def fetch(url: str, path: Path, check, pause: float = 1.0,
             check(part)
             if sha256 and _sha256(part) != sha256:
                 raise UserError(f"{path.name}: its SHA-256 is not the {sha256} that the server gives")
+            if keep and path.exists():
+                set_aside(path)
             return part.replace(path)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
@@ -81,10 +86,18 @@ def fetch(url: str, path: Path, check, pause: float = 1.0,
         progress = part.exists() and part.stat().st_size > before
         failures = 1 if progress else failures + 1
         if failures < ATTEMPTS:
-            print(f"\n{problem}; again in {pause * 2 ** (failures - 1):g} s", file=sys.stderr)
+            say(f"\n{problem}; again in {pause * 2 ** (failures - 1):g} s", to="stderr")
             time.sleep(pause * 2 ** (failures - 1))
-    raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. What has arrived is "
-                    "kept: the same command goes on from there")
+    raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. The same command "
+                    f"{'goes on from what has arrived' if part.exists() else 'tries again'}")
+
+
+def set_aside(path: Path) -> None:
+    """Another's file of this name, such as valid.jsonl, gets the next free one: valid.jsonl.1."""
+    names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    other = next(name for name in names if not name.exists())
+    path.replace(other)
+    print(f"{path} was there and is not what its publisher has: it is {other} now", flush=True)
 
 
 def _receive(url: str, part: Path, have: int) -> str | None:
@@ -127,10 +140,10 @@ def _copy(answer, file, name: str, have: int, total: int | None) -> None:
         if seconds - shown > 0.5:
             shown, rate = seconds, (size - have) / seconds
             left = f"{(total - size) / rate:.0f} s left" if total else ""
-            print(f"\r{name}: {size / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
-                  f"{left}  ", end="", file=sys.stderr, flush=True)
+            say(f"\r{name}: {size / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+                f"{left}  ", end="", to="stderr")
     if shown:
-        print(file=sys.stderr)
+        say("", to="stderr")
 
 
 def _sha256(path: Path) -> str:
@@ -146,15 +159,17 @@ def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) ->
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
     out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not _whole(out / name)]
-    need, free = len(missing) * SHARD_BYTES, shutil.disk_usage(out).free
-    if url.startswith("https://huggingface.co") and need > free:
-        raise UserError(f"{len(missing)} shards need {need / 1e9:.0f} GB and {out} has {free / 1e9:.0f} GB "
-                        f"free: -n {max(0, int(free / SHARD_BYTES) - 1)} fits")
+    room = shutil.disk_usage(out).free // SHARD_BYTES  # in shards
+    if url.startswith("https://huggingface.co") and len(missing) > room:
+        fits = names.index(missing[room]) - 1
+        raise UserError(f"{len(missing)} shards need {len(missing) * SHARD_BYTES / 1e9:.1f} GB and {out} has "
+                        f"room for {room}: " + (f"-n {fits} fits, or " * (fits > 0))
+                        + "name a directory on a larger disk with --out")
     for number, name in enumerate(missing, 1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
         fetch(f"{url}/{name}", out / name, open_shard, pause)
     print(f"{out}: {count} training shards and one for validation. Train: torchrun --nproc_per_node=8 "
-          f"train.py --size S --data {out}")
+          f"train.py --size S --data {shlex.quote(str(out))}")
 
 
 def _whole(path: Path, check=open_shard) -> bool:
@@ -176,18 +191,25 @@ def evals(out: Path, url: str | None, pause: float = 1.0) -> None:
         if _whole(out / name, check):
             continue
         print(name, flush=True)
-        hint = f"Has its publisher moved it? Put {name} from elsewhere into {out}, or name a copy: --url"
+        hint = (f"Has its publisher moved it? Name the address of a directory that has {name} with --url "
+                f"({ARC_ZIP} for ARC-Easy), or an --out that has it")
         if name != "ARC-Easy-Test.jsonl":
-            fetch(f"{url or base}/{name}", out / name, check, pause, hint)
-        else:
-            fetch(f"{url or base}/{ARC_ZIP}", out / ARC_ZIP, _check_zip, pause, hint)
-            part = out / f"{name}.part"
-            part.write_bytes(zipfile.ZipFile(out / ARC_ZIP).read(ARC_MEMBER))
-            check(part)
-            part.replace(out / name)
-            (out / ARC_ZIP).unlink()
+            fetch(f"{url or base}/{name}", out / name, check, pause, True, hint)
+            continue
+        archive = out / ARC_ZIP
+        fetched = not _whole(archive, _check_zip)
+        if fetched:
+            fetch(f"{url or base}/{ARC_ZIP}", archive, _check_zip, pause, True, hint)
+        part = out / f"{name}.part"
+        part.write_bytes(zipfile.ZipFile(archive).read(ARC_MEMBER))
+        check(part)
+        if (out / name).exists():
+            set_aside(out / name)
+        part.replace(out / name)
+        if fetched:  # one that was there before stays
+            archive.unlink()
     print(f"{out}: {', '.join(EVALS)}. Score a run: python eval.py out/run --tasks hellaswag,piqa,arc_easy "
-          f"--eval_dir {out}")
+          f"--eval_dir {shlex.quote(str(out))}")
 
 
 def _check_lines(path: Path, name: str, lines: int, sha256: str | None) -> None:
@@ -218,19 +240,21 @@ def main(argv=None):
     command.add_argument("-n", type=int, default=27,
                          help="training shards of 100M tokens (27: size S needs 2.7B tokens)")
     command.add_argument("--corpus", choices=list(SHARDS), default="fineweb10B", help="(fineweb10B)")
-    command.add_argument("--out", type=Path, help="directory (data/fineweb, or data/fineweb100B)")
+    command.add_argument("--out", help="directory (data/fineweb, or data/fineweb100B)")
     command.add_argument("--url", help=f"base of the files' addresses ({URL.format(corpus='<corpus>')})")
     command = commands.add_parser("evals", description="HellaSwag, PIQA and ARC-Easy, from their publishers")
-    command.add_argument("--out", type=Path, default=Path("data/evals"), help="directory (data/evals)")
+    command.add_argument("--out", default="data/evals", help="directory (data/evals)")
     command.add_argument("--url", help="base of all files' addresses (each publisher's own)")
     args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = "data/fineweb" if args.corpus == "fineweb10B" else "data/fineweb100B"
+    out = own_name(args.out, what="a directory to fill")
     if args.command == "evals":
-        return evals(args.out, args.url and args.url.rstrip("/"))
+        return evals(out, args.url and args.url.rstrip("/"))
     if not 1 <= args.n <= SHARDS[args.corpus]:
         raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
                         + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0
                            else ""))
-    out = args.out or Path("data/fineweb" if args.corpus == "fineweb10B" else "data/fineweb100B")
     fineweb(args.n, args.corpus, out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
 
 

@@ -10,6 +10,8 @@ The padding of the vocabulary is cut off, so that scores are over the tokenizer'
 
 import json
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,9 +20,9 @@ from torch import Tensor
 from data import END_OF_TEXT
 from eval import load_run
 from lib.cli import Parser, UserError, command
-from lib.files import replacing
-from lib.files import new_directory
+from lib.files import new_directory, replacing
 from lib.methods import block_matrices
+from lib.outputs import own_name
 from model import Llama
 
 NAMES = {r"^blocks\.": "model.layers.", r"\.attention\.": ".self_attn.", r"\.ffn\.": ".mlp.",
@@ -123,15 +125,18 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
     else:
         print(f"no tokenizer files: {config['tokenizer']} cuts text into words in a way of its own")
     with new_directory(to, "--to") as building:
-        tensors = {"model": weights(model, tokenizer.n_vocab), **({"factors": pairs} if factors else {})}
-        for name, content in tensors.items():
-            try:
-                save_file(content, building / f"{name}.safetensors", metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise UserError(f"{to}/{name}.safetensors could not be written: {error}") from None
         for name, content in files.items():
             with replacing(building / name, "w") as file:
                 file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        tensors = {"model": weights(model, tokenizer.n_vocab), **({"factors": pairs} if factors else {})}
+        for name, content in tensors.items():
+            path = building / f"{name}.safetensors"
+            try:
+                save_file(content, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"{to / path.name} could not be written: {error}") from None
+            with suppress(OSError):  # safetensors lets the owner alone read it; the others follow the umask
+                shutil.copymode(building / "config.json", path)
     if config["tokenizer"] == "bytes":
         print("not for GGUF: llama.cpp's converter does not know the pre-tokenizer of byte-level runs; a run "
               "on gpt2 tokens can be converted")
@@ -142,10 +147,11 @@ def export(run, to: Path, factors: bool = False) -> list[str]:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", help="directory of a run")
-    parser.add_argument("--to", type=Path, required=True, help="directory to make")
+    parser.add_argument("--to", required=True, help="directory to make")
     parser.add_argument("--factors", action="store_true", help="also keep A and B, in factors.safetensors")
     args = parser.parse_args(argv)
-    print(f"{args.to}: {', '.join(export(args.run, args.to, args.factors))}")
+    to = own_name(args.to, "--to")
+    print(f"{to}: {', '.join(export(args.run, to, args.factors))}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@
 
 import json
 import os
+import sys
 import textwrap
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.cli import Parser, UserError, command
 from lib.files import replacing
+from lib.outputs import own_name
 
 LABELS = {"step": "step", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training",
           "val_loss": "validation loss", "loss": "training loss", None: "loss",
@@ -20,9 +23,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
 # Settings that do not change what a run learns, or say the same as another setting
 UNTOLD = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device", "compile", "batch_size",
-          "eval_every", "eval_tokens", "final_eval_tokens", "save_every", "spectra_every", "on_nonfinite",
-          "tokenizer"}
+          "eval_every", "eval_tokens", "final_eval_tokens", "save_every", "spectra_every", "on_nonfinite"}
 ON = {"orthogonalize", "renormalize", "nesterov"}
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def read_log(run) -> tuple[dict, list[dict]]:
@@ -39,12 +42,15 @@ def read_log(run) -> tuple[dict, list[dict]]:
         return header, [r for r in records if "step" in r]
     except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged, or not a log of train.py: expected JSON lines, the first one "
-                        "with a config. Name another run, or train it again") from None
+                        "with a config. Name another run") from None
 
 
 def unit(configs: list[dict]) -> str:
-    """Of the losses of runs with these settings."""
-    return "nats per byte" if {c.get("tokenizer") for c in configs} == {"bytes"} else "nats per token"
+    """Of the losses of runs with these settings. A token of one tokenizer is not that of another."""
+    tokenizers = {c.get("tokenizer") for c in configs}
+    if len(tokenizers) > 1:
+        return "nats per token of each run's tokenizer"
+    return "nats per byte" if tokenizers == {"bytes"} else "nats per token"
 
 
 def labels(configs: list[dict], runs: list) -> list[str]:
@@ -62,13 +68,36 @@ def labels(configs: list[dict], runs: list) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({run})" for name, run in zip(names, runs)]
 
 
+def import_matplotlib():
+    """matplotlib, for figures that go to files only. What MPLBACKEND names, as a notebook does, is left for
+    those who show figures: it may not be installed here, which would end the import."""
+    if "matplotlib" not in sys.modules:
+        named = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+        finally:
+            if named is not None:
+                os.environ["MPLBACKEND"] = named
+        if named:
+            with suppress(ValueError):  # no such backend here
+                matplotlib.rcParams["backend"] = named
+    import matplotlib.style
+    return matplotlib
+
+
+@contextmanager
+def our_style():
+    """Also a decorator: figures are drawn and saved in our style, whatever a user has set, who finds those
+    settings as they were."""
+    with import_matplotlib().style.context(["default", STYLE]):
+        yield
+
+
 def new_figure(width: float, height: float):
-    """An empty matplotlib figure that is only ever written to a file."""
-    os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there may not be installed
-    import matplotlib
+    """An empty matplotlib figure that is only ever written to a file; pyplot does not know it. Our style is
+    set, and stays after it unless this is called inside our_style()."""
+    import_matplotlib().style.use(["default", STYLE])
     from matplotlib.figure import Figure
-    matplotlib.rcdefaults()  # whatever a matplotlibrc of the user says
-    matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -84,10 +113,11 @@ def add_legend(fig, handles, names) -> None:
 
 def figure(runs, out, x="step", y=None) -> None:
     """Draw y over x of these runs to `out`. Without y: a single run's training and validation loss."""
-    with replacing(out) as file:
+    with replacing(out) as file, our_style():
         draw(runs, x, y).savefig(file, format=Path(out).suffix[1:], dpi=150)
 
 
+@our_style()
 def draw(runs, x, y):
     """The figure itself. UserError where no run has both x and y."""
     logs = [read_log(run) for run in runs]
@@ -125,7 +155,7 @@ def main(argv=None):
     parser.add_argument("--x", choices=["step", "tokens", "flops", "seconds"], default="step")
     parser.add_argument("--y", choices=["val_loss", "loss", *NORMS, "rank"], default="val_loss")
     args = parser.parse_args(argv)
-    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+    if own_name(args.out, what="a picture to write").suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out}: expected a name that ends in .png, .pdf or .svg")
     figure(args.runs, args.out, args.x, args.y)
     print(args.out)
