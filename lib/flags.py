@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 from lib.cli import Parser, UserError
+from lib.outputs import own_name
 
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "keep_every", "spectra_every",
               "out", "stop_at", "on_nonfinite", "data"}  # at --resume
@@ -41,9 +42,10 @@ def parse(doc: str, groups: dict, nano: dict, argv) -> dict:
             ("dry_run", "print what would be trained and what it needs, and end", {"action": "store_true"})):
         group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **more)
     given = vars(parser.parse_args(argv))
-    for flag in "out", "data":
-        if given.get(flag) == "":
-            raise UserError(f"--{flag} is empty: name a directory, or leave the flag out")
+    if "out" in given:
+        own_name(given["out"], what="a directory, or leave the flag out")
+    if given.get("data", "x").strip() == "":
+        raise UserError("--data is empty: name a directory, or leave the flag out")
     if "method" in given:
         given["method"] = given["method"].replace("_", "-")
     if "method_args" in given:
