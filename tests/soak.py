@@ -1,5 +1,5 @@
-"""Kills a training run at random moments and resumes it, until it is done; then compares it with the run that
-was not killed. And: does memory grow in a long run?
+"""Ends a training run at random moments (SIGKILL, SIGTERM, SIGHUP, or nobody reads its output any more) and
+resumes it, until it is done; then compares it with the run that was not ended. And: does memory grow?
 
     python tests/soak.py --kills 50
     python tests/soak.py --memory 2000
@@ -49,7 +49,7 @@ def soak(where: Path, kills: int, steps: int, seed: int) -> None:
     said = whole.communicate()[0]
     assert whole.returncode == 0, said
     moments, done, lives, began = random.Random(seed), 0, 0, time.time()
-    equal, struck = [], {"no step yet": 0, "between or in steps": 0}
+    equal, struck = [], {}
     while done < kills or lives:
         out = f"killed-{len(equal)}"
         process = start(where, where / "corpus", out, steps, *flags, "--resume", "auto")
@@ -61,22 +61,28 @@ def soak(where: Path, kills: int, steps: int, seed: int) -> None:
             print(f"run {len(equal)}: {lives - 1} kills, then done; equal: {equal[-1]}", flush=True)
             lives = 0
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            said = process.communicate()[0]
-            struck["between or in steps" if "\nstep " in said else "no step yet"] += 1
+            way = moments.choice(["SIGKILL", "SIGTERM", "SIGHUP", "closed pipe"])
+            if way == "closed pipe":
+                process.stdout.close()
+            else:
+                process.send_signal(getattr(signal, way))
+            process.wait(timeout=120)
+            struck[way] = struck.get(way, 0) + 1
             done += 1
-    where = ", ".join(f"{moment}: {count}" for moment, count in struck.items())
-    print(f"{done} kills in {time.time() - began:.0f} s ({where}). {sum(equal)} of {len(equal)} runs of "
+    ways = ", ".join(f"{way}: {count}" for way, count in sorted(struck.items()))
+    print(f"{done} kills in {time.time() - began:.0f} s ({ways}). {sum(equal)} of {len(equal)} runs of "
           f"{steps} steps ended with the weights and the log of the run that was not killed, bit for bit.")
     assert all(equal)
 
 
 def same(one: Path, two: Path) -> bool:
-    """The same weights bit for bit, the same log up to the seconds, and no part file."""
+    """The same weights bit for bit, the same log up to the seconds, and no part file. A run that was told to
+    stop has logged its last step as well."""
     states = [torch.load(out / "ckpt.pt", weights_only=True)["model"] for out in (one, two)]
-    logs = [[{**row, "seconds": 0} for row in plot.read_log(out)[1]] for out in (one, two)]
-    return (all(torch.equal(w, states[1][name]) for name, w in states[0].items()) and logs[0] == logs[1]
-            and not list(two.glob("*.part")))
+    logs = [{row["step"]: {**row, "seconds": 0} for row in plot.read_log(out)[1]} for out in (one, two)]
+    return (all(torch.equal(w, states[1][name]) for name, w in states[0].items())
+            and logs[0] == {step: row for step, row in logs[1].items() if step in logs[0]}
+            and list(logs[1]) == sorted(logs[1]) and not list(two.glob("*.part")))
 
 
 def memory(where: Path, steps: int) -> None:
