@@ -100,12 +100,15 @@ def muon(params, lr, c):
 def baseline(name: str, args: dict):
     """The Method that the function method() of baselines/NAME.py makes from these arguments."""
     module, folder = name.replace("-", "_"), Path(__file__).parent.parent / "baselines"
-    there = sorted(path.stem.replace("_", "-") for path in folder.glob("*.py"))
-    if name not in there:
-        raise UserError(f"--method {name}: no such method. There are those of train.py --help, and in "
-                        f"baselines/ {', '.join(there)}. For one of your own make baselines/{module}.py")
     try:
         return importlib.import_module(f"baselines.{module}").method(**args)
+    except ModuleNotFoundError as error:
+        if error.name not in ("baselines", f"baselines.{module}"):
+            raise UserError(f"--method {name}: {error}, for its function method()") from None
+        there = sorted(path.stem.replace("_", "-") for path in folder.glob("*.py"))
+        raise UserError(f"--method {name}: no such method. There are those of train.py --help, and in "
+                        f"baselines/ {', '.join(there)}. For one of your own make baselines/{module}.py "
+                        "with a function method()") from None
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
                         f"baselines/{module}.py with a function method(), whose arguments are "

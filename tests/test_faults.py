@@ -335,11 +335,8 @@ def test_a_damaged_log_is_refused_by_its_name(run, fails):
     out = run("--steps", 6, "--stop_at", 4)
     rows = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
     (out / "log.jsonl").write_bytes(b"".join([rows[0], rows[1][:40], *rows[2:]]))
-    fails(train.main, ["--resume", "--out", out], out / "log.jsonl", "line 2", "Move the log away")
+    fails(train.main, ["--resume", "--out", out], out / "log.jsonl", "line 2", "the checkpoint is whole")
     fails(plot.main, [out], out / "log.jsonl", "damaged")
-    (out / "log.jsonl").rename(out / "log.damaged")
-    train.main(["--resume", "--out", str(out)])
-    assert [row["step"] for row in plot.read_log(out)[1]] == [5, 6]
 
 
 # ----------------------------------------------- A full disk ------------------------------------------------

@@ -66,7 +66,7 @@ def test_every_axis_is_drawn(made, tmp_path):
 
 def test_a_loss_is_per_byte_where_all_tokens_are_bytes(made):
     a, b = made("a", tokenizer="bytes"), made("b", tokenizer="gpt2")
-    for runs, per in (([a], "byte"), ([b], "token"), ([a, b], "token")):
+    for runs, per in (([a], "byte"), ([b], "token"), ([a, b], "token of each run's tokenizer")):
         assert plot.draw(runs, "step", "val_loss").axes[0].get_ylabel() == f"validation loss (nats per {per})"
 
 

@@ -46,7 +46,8 @@ def test_the_smallest_corpora_have_both_splits(tmp_path, documents):
     texts = (f"number {i} " * 99 for i in range(documents))
     prepare.write_corpus(texts, "bytes", tmp_path / "d", "test", quiet=True)
     train, val = decoded(tmp_path / "d")
-    assert len(train) >= 1 and len(val) >= 1 and len(train) + len(val) == documents
+    assert len(train) >= 1 and len(val) >= 1
+    assert sum(map(len, train + val)) == sum(len(f"number {i} ") * 99 for i in range(documents))
 
 
 def test_an_empty_corpus_and_a_single_document_are_refused_and_leave_nothing(tmp_path):
@@ -97,7 +98,7 @@ def test_jsonl_is_one_document_a_line(tmp_path):
     ("a.jsonl", b'{"text": 3}\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
     ("a.txt.gz", b"not gzip", "cannot be read"),
     ("a.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "cannot be read"),
-    ("a.csv", b"x", "expected .txt"), ("a.txt", b"", "0 tokens for the train split")])
+    ("a.txt", b"", "0 tokens for the train split")])
 def test_bad_text_gets_one_message_and_makes_nothing(tmp_path, fails, name, content, expected):
     (tmp_path / name).write_bytes(content)
     fails(prepare.main, ["text", tmp_path / name, "--tokenizer", "bytes", "--out", tmp_path / "d"], name if

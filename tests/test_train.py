@@ -294,7 +294,7 @@ def test_resume_takes_data_that_has_moved_and_refuses_other_data(run, fails, cor
     assert records(out)[-1]["step"] == 3
     other = [f"other {i} " * 99 for i in range(99)]
     prepare.write_corpus(other, "bytes", tmp_path / "d", "test", quiet=True)
-    fails(train.main, ["--resume", "--out", out, "--data", tmp_path / "d"], "put those shards back")
+    fails(train.main, ["--resume", "--out", out, "--data", tmp_path / "d"], "the directory that holds those")
     (tmp_path / "d" / "meta.json").write_text('{"tokenizer": "gpt2"}')
     fails(train.main, ["--resume", "--out", out, "--data", tmp_path / "d"], "made with tokenizer 'gpt2'",
           "'bytes' is needed")
