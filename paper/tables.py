@@ -26,7 +26,8 @@ def table(name: str, found) -> str:
     rows = []
     for o in found:
         row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
-               over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
+               over(o.mean, least), o.width, str(o.logs[0].config["steps"] if o.logs else ""),
+               f"{o.flops:.2e}" if o.flops else "",
                *(f"{o.scores[key]:.2%}" if (key := f"{task}_acc_norm") in o.scores else "" for task in tasks)]
         if costs and o.logs:
             row += [f"{o.memory['parameters']:,}", f"{o.memory['optimizer'] / 1e6:.1f}",
