@@ -20,7 +20,7 @@ from paper import draw, runs
 from paper.experiments import gap, outcomes_of
 from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import RESULTS
-from paper.tables import prepare, report
+from paper.tables import gap_cells, prepare, report
 from spectron import newton_schulz
 
 WHERE = RESULTS / "equilibrated"
@@ -35,14 +35,9 @@ GOAL = -0.03  # nats
 def table(found: dict) -> str:
     head = ["", "steps x tokens", "lr", "Spectron", "lr", "equilibrated", "difference", "95% interval",
             "seeds", "lr within 5%", "FLOPs of each"]
-    rows = []
-    for label, (plain, even) in found.items():
-        difference, interval, seeds = gap(plain, even)
-        scale = SETTINGS[label]
-        rows.append([label, f"{scale.steps} x {scale.tokens_per_step:,}", f"{plain.lr:g}", str(plain),
-                     f"{even.lr:g}", str(even), f"{difference:+.3f}",
-                     "" if interval is None else f"± {interval:.3f}", str(seeds),
-                     f"{plain.width}, {even.width}", f"{plain.flops:.2e}"])
+    rows = [[label, f"{SETTINGS[label].steps} x {SETTINGS[label].tokens_per_step:,}", f"{plain.lr:g}",
+             str(plain), f"{even.lr:g}", str(even), *gap_cells(plain, even), f"{plain.width}, {even.width}",
+             f"{plain.flops:.2e}"] for label, (plain, even) in found.items()]
     return markdown(head, rows)
 
 
@@ -75,10 +70,9 @@ TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_t
 def rows_of(checkpoint: dict) -> list[dict]:
     """A record for each kind of matrix, factor and number of times: the lengths of the rows of the
     orthogonalized momentum over their root mean square, over all blocks."""
-    model, momenta, records = load_model(checkpoint, "cpu"), {}, []
-    states = iter(checkpoint["optimizers"][0]["state"].values())
-    assert model.factor_pairs()[0][0] is list(block_matrices(model).values())[0].A  # the optimizer's order
-    for name in block_matrices(model):
+    momenta, records = {}, []
+    states = iter(checkpoint["optimizers"][0]["state"].values())  # A and B of each matrix, in this order
+    for name in block_matrices(load_model(checkpoint, "cpu")):
         for factor in "AB":
             M = next(states)["momentum_buffer"].double()
             momenta.setdefault((name.split(".")[-1], factor), []).append(M)

@@ -139,7 +139,6 @@ class Experiment:
     single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
     pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
-    norms: bool = False  # it is about norms over training
     memory: bool = False  # columns of what each arm costs
 
 
@@ -174,8 +173,8 @@ EXPERIMENTS = {
                           pairs=no_pairs),
     "momentum": Experiment(tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, few=True, single=True,
                            pairs=no_pairs),
-    "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2, pairs=against_first, norms=True),
-    "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3, pairs=against_first, norms=True),
+    "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2, pairs=against_first),
+    "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3, pairs=against_first),
     "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), draw.curves_and_gaps, few=True),
     "fig5": Experiment(("spectron", "dense-flops", "dense-time"), draw.figure5, few=True,
                        pairs=against_first),
