@@ -66,25 +66,18 @@ def curves_and_gaps(found, scale):
         curve(left, o)
     left.set(xlabel="step")
     losses = [loss for o in found for log in o.logs[:1] for _, loss in log.points("val_loss")[:-1]]
-    if losses:
-        left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
-    gaps(right, found)
-    return fig
-
-
-def gaps(ax, found) -> None:
-    """How much higher each arm ends than the lowest, in percent, on a plain axis."""
+    left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
     least = min(o.mean for o in found)
     for row, o in enumerate(found):
-        style = look(o.arm)
         if o.losses:
-            ax.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, color=style["color"],
-                        marker=style["marker"], capsize=3, ms=6)
+            right.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, capsize=3, ms=6,
+                           **look(o.arm))
     names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
-    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
-           xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
-    left, right = ax.get_xlim()
-    ax.set_xlim(min(-1.0, left), right + 0.04 * (right - left))
+    right.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
+              xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
+    low, high = right.get_xlim()
+    right.set_xlim(min(-1.0, low), high + 0.04 * (high - low))
+    return fig
 
 
 def figure5(found, scale):
@@ -171,8 +164,7 @@ def loss_over_adam_lr(found, scale):
     fig, (ax,) = panels(1, 8, 4.6)
     by_name, lines = {o.arm: o for o in found}, {}
     for base, lr, adam_lr, arm in ADAM_LRS:
-        if (loss := by_name[arm].grid.get(lr)) is not None:
-            lines.setdefault((base, lr), []).append((adam_lr, loss))
+        lines.setdefault((base, lr), []).append((adam_lr, by_name[arm].grid.get(lr)))
     for (base, lr), shown in lines.items():
         ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
     ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
@@ -184,36 +176,32 @@ def loss_over_memory(found, scale):
     """One mark for each method, with the spread of its seeds."""
     fig, (ax,) = panels(1, 8, 4.8)
     for o in found:
-        if o.losses:
-            style = look(o.arm) | {"ls": ""}
-            ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
-                        **style)
+        ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
+                    **look(o.arm) | {"ls": ""})
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
     name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
     return fig
 
 
-def parameters(arm: str, scale) -> int:
-    c = SIZES[ARMS[arm].size or scale.size]
-    return count_parameters(replace(c, rank_ratio=None) if arm.startswith("dense") else c)
-
-
-def over_parameters(ax, found, scale, value) -> None:
-    """A line for the low-rank models and one for the dense: value(outcome) over their parameters."""
-    half = len(found) // 2
-    for some, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in some], [value(o) for o in some], label=label, ms=6,
-                lw=1.6, **look(some[0].arm.split("@")[0]))
+def over_parameters(ax, found, scale, ys: list) -> list[float]:
+    """A line for the low-rank models and one for the dense, over million parameters, which it returns."""
+    xs, half = [], len(found) // 2
+    for o in found:
+        c = SIZES[ARMS[o.arm].size or scale.size]
+        xs.append(count_parameters(replace(c, rank_ratio=None) if o.arm.startswith("dense") else c) / 1e6)
+    ax.plot(xs[:half], ys[:half], label="Spectron, low-rank", ms=6, lw=1.6, **look("spectron"))
+    ax.plot(xs[half:], ys[half:], label="Muon, dense", ms=6, lw=1.6, **look("dense"))
+    return xs
 
 
 def figure6(found, scale):
     """Perplexity of seed 0 over parameters, low-rank and dense, of equal training FLOPs for each pair."""
     fig, (ax,) = panels(1, 6.5, 4.2)
-    over_parameters(ax, found, scale, lambda o: math.exp(o.by_seed[0]))
-    for pair in zip(found[:len(found) // 2], found[len(found) // 2:]):
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in pair], [math.exp(o.by_seed[0]) for o in pair],
-                color="0.6", lw=0.8, ls=":")
+    ys, half = [math.exp(o.by_seed[0]) for o in found], len(found) // 2
+    xs = over_parameters(ax, found, scale, ys)
+    for i in range(half):
+        ax.plot(xs[i::half], ys[i::half], color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
     name_ticks(ax.xaxis, [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
@@ -225,7 +213,7 @@ def figure7(found, scale):
     """Normalized accuracy on the three tasks over parameters."""
     fig, axes = panels(3, 10.5)
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
-        over_parameters(ax, found, scale, lambda o: 100 * o.scores[f"{task}_acc_norm"])
+        over_parameters(ax, found, scale, [100 * o.scores[f"{task}_acc_norm"] for o in found])
         ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
     return fig
 

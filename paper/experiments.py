@@ -20,6 +20,8 @@ from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step,
 from tools import plan
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))  # low-rank sizes of Table 5, otherwise perplexities
+SAID = {part.split()[0]: dict(re.findall(r"- (\w+): (.*)", part)) for part in
+        Path(__file__).with_name("experiments.md").read_text("utf-8").split("\n## ")[1:]}
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
 
 
@@ -94,8 +96,7 @@ def outcome(name: str, scale: Scale) -> Outcome:
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
     """(how much higher b ends than a in nats, half of its 95% interval, seeds), from the differences seed by
-    seed: a seed has the same data in both, and the same initial weights where the shapes are the same. None
-    where one of them diverged, and for the interval of one seed."""
+    seed: a seed has the same data in both. None where one diverged, and for the interval of one seed."""
     pairs = [b.by_seed[seed] - a.by_seed[seed] for seed in a.by_seed
              if None not in (a.by_seed[seed], b.by_seed.get(seed))]
     if len(pairs) < 2:
@@ -129,12 +130,12 @@ def guided_with_muon(found):
 
 @dataclass
 class Experiment:
-    """A table or figure of the paper. `arms` are in the paper's order, the best first."""
-    arms: tuple
+    """A table or figure of the paper; what it says is in experiments.md."""
+    arms: tuple  # in the paper's order, the best first
     figure: Callable  # (outcomes, scale) -> matplotlib figure
     title: str = ""
-    message: str = ""  # what the committed figure at nano shows
-    note: str = ""  # what differs from the paper
+    message: str = ""
+    note: str = ""
     few: bool = False  # three learning rates for each arm, as they are many or cost much
     single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
@@ -149,7 +150,6 @@ def ladder(scale: Scale) -> tuple:
                  for kind in ("spectron", "dense") for size in sizes)
 
 
-# What they say is in experiments.md
 EXPERIMENTS = {
     "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), draw.curves_and_gaps),
     "table1": Experiment(("spectron", "self-guided", "adamw"), draw.curves_and_gaps, tasks=True),
@@ -181,8 +181,8 @@ EXPERIMENTS = {
     "fig6": Experiment((), draw.figure6, few=True, single=True, pairs=same_shape),
     "fig7": Experiment((), draw.figure7, few=True, single=True, tasks=True, pairs=same_shape),
 }
-for part in Path(__file__).with_name("experiments.md").read_text("utf-8").split("\n## ")[1:]:
-    vars(EXPERIMENTS[part.split()[0]]).update(re.findall(r"- (\w+): (.*)", part))
+for name, e in EXPERIMENTS.items():
+    vars(e).update(SAID[name])
 
 
 def arms_and_scale(name: str, scale: Scale) -> tuple[tuple, Scale]:

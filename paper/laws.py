@@ -1,10 +1,9 @@
 """Compute-optimal sizes from runs: the arithmetic of Section 6 and Appendix D.
 
-A run is a model of N parameters that saw D tokens, cost C FLOPs and ended at a loss L. Approach 2 fits a
-parabola in log N to the runs of each budget; its minimum is N_opt(C), and N_opt = k C^a is fitted through the
-budgets. Approach 3 fits L = E + A / N^alpha + B / D^beta to all runs at once, from which a = beta / (alpha +
-beta). (Both are of Hoffmann et al. 2022. The *sum* of Huber losses is minimized: with their mean, optimizers
-stop early, which is what went wrong there according to Besiroglu et al. 2024.)
+A run is a model of N parameters that saw D tokens, cost C FLOPs and ended at a loss L. Approach 2 of Hoffmann
+et al. 2022 fits a parabola in log N to the runs of each budget; its minimum is N_opt(C), and N_opt = k C^a is
+fitted through the budgets. Approach 3 fits L = E + A / N^alpha + B / D^beta to all runs at once, from which a
+= beta / (alpha + beta). It minimizes the *sum* of Huber losses: with their mean optimizers stop early.
 """
 
 from dataclasses import dataclass, replace
@@ -118,11 +117,9 @@ def huber(residual):
 def fit_law(points: Points, weights=None, start: Law | None = None, steps: int = 100) -> Law | list[Law]:
     """The law of the lowest Huber loss on log L: from many starts at once, or from one.
 
-    weights (b, n) say how often each of the n runs counts in each of b fits, as a bootstrap wants it; losses
-    L (b, n) are those of b studies. With either it returns b laws. The method is Levenberg and Marquardt's on
-    log A, log B, log E, alpha, beta, each run weighed by the slope of its Huber loss. N and D are divided by
-    their geometric means first, which undoes most of the correlation between A and alpha.
-    """
+    weights (b, n) say how often each of the n runs counts in each of b fits; losses L (b, n) are those of b
+    studies. With either it returns b laws. The method is Levenberg and Marquardt's on log A, log B, log E,
+    alpha, beta. N and D are divided by their geometric means first, so that A and alpha correlate less."""
     n, d, y = np.log(points.N), np.log(points.D), np.log(points.L)
     single = weights is None and y.ndim == 1
     y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
