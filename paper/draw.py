@@ -45,8 +45,7 @@ def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, *
 
 
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
-    """The validation loss of an arm over x in units of `each`: the mean over its seeds, and all of them as a
-    band."""
+    """The validation loss of an arm over `each` times x: the mean over its seeds, and their band."""
     logs = [log.points("val_loss", x)[:-1] for log in o.logs]  # the last is over more tokens than the others
     if not logs:
         return
@@ -231,8 +230,7 @@ def norm_curves(ax, found, key: str) -> None:
 
 
 def figure2(found, scale):
-    """Left, the norm of W's step; right, low-rank over dense, each at its best lr and both at the low-rank
-    one's, and the paper's 10 to 30."""
+    """Left, the norm of W's step; right, low-rank over dense, beside the paper's 10 to 30."""
     fig, (left, right) = panels(2)
     norm_curves(left, found, "dW")
     low, dense = found

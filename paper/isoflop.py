@@ -1,9 +1,8 @@
 """Sections 6 and D, at nano: which runs there are, what they came to, and what was fitted to them.
 
 At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
-more around the best one, each for as many steps as the budget pays for and with a schedule of that length.
-A budget is of executed FLOPs. The paper's 6 N D leaves out what attention does beside its matrices, 10% to
-21% of the dense models here and 12% to 31% of the low-rank ones. paper.laws has the fits.
+more around the best one, each for as many steps as the budget of executed FLOPs pays for and with a schedule
+of that length. (docs/SCALING.md says what the paper's 6 N D leaves out.) paper.laws has the fits.
 """
 
 import math

@@ -78,8 +78,7 @@ def power_law(C, y) -> tuple[float, float]:
 
 
 def isoflop(points: Points, budgets, of: str = "N") -> float:
-    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum inside
-    their grid."""
+    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum."""
     found = [p for p in profiles(points, budgets) if p.inside]
     return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
 

@@ -183,8 +183,8 @@ def make(run: Run, scale: Scale, children: list) -> None:
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:
-    """Those that are missing; small models side by side, a thread each, which is faster than one after the
-    other with all threads. Interrupted, it lets those that run save, and the same command goes on."""
+    """Those that are missing; small models side by side, a thread each, which is faster. Interrupted, it lets
+    those that run save, and the same command goes on."""
     missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale)]
     if not missing:
         return

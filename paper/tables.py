@@ -113,8 +113,7 @@ def setting(scale: Scale, found) -> str:
 
 
 def prepare(name: str, scale: Scale, dry: bool = False) -> None:
-    """Make every run that an experiment needs and that is missing; dry: only say how many. UserError for one
-    that scores tasks whose files are not there."""
+    """Make every run that an experiment needs and that is missing; dry: only say how many."""
     arms, own = arms_and_scale(name, scale)
     print(f"{name}: {runs.estimate(arms, own)}", flush=True)
     if dry:
