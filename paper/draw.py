@@ -18,10 +18,9 @@ GREY = "#777777"
 LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renormalize": (PINK, "D", "-"),
          "neither": (ORANGE, "^", "-"), "adamw": (GREEN, "v", "-"), "self-guided": (GREEN, "P", "--"),
          "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
-         "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
-         "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
-         "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
-         "lora-muon": (PINK, "P", "-"), "self-guided-muon-flops": (RED, "X", "--"),
+         "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-time": (GREY, "d", "--"),
+         "equilibrated": (GREEN, "^", "-"), "equilibrated-2": (SKY, "v", "--"),
+         "equilibrated-muon": (ORANGE, "s", "--"), "lora-muon": (PINK, "P", "-"),
          "galore": (ORANGE, "o", ":"), "fira": (ORANGE, "s", ":"), "sltrain": (PINK, "D", ":"),
          "relora": (PINK, "^", ":"), "sct": (SKY, "v", ":"), "tsvd": (SKY, "P", ":"),
          "cola": (BLUE, "X", ":")}

@@ -118,10 +118,6 @@ def same_shape(found):
     return zip(found[:len(found) // 2], found[len(found) // 2:])
 
 
-def no_pairs(found):
-    return []
-
-
 def guided_with_muon(found):
     """Self-guided training with Muon against itself with AdamW, and against Spectron."""
     arms = {o.arm: o for o in found}
@@ -131,7 +127,7 @@ def guided_with_muon(found):
 @dataclass
 class Experiment:
     """A table or figure of the paper; what it says is in experiments.md."""
-    arms: tuple  # in the paper's order, the best first
+    arms: list | tuple  # in the paper's order, the best first
     figure: Callable  # (outcomes, scale) -> matplotlib figure
     title: str = ""
     message: str = ""
@@ -139,7 +135,7 @@ class Experiment:
     few: bool = False  # three learning rates for each arm, as they are many or cost much
     single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
-    pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
+    pairs: Callable | None = against_first  # outcomes -> the pairs whose difference is told
     memory: bool = False  # columns of what each arm costs
 
 
@@ -151,33 +147,34 @@ def ladder(scale: Scale) -> tuple:
 
 
 EXPERIMENTS = {
-    "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), draw.curves_and_gaps),
-    "table1": Experiment(("spectron", "self-guided", "adamw"), draw.curves_and_gaps, tasks=True),
-    "table3": Experiment(("rank-0.4", "spectron", "rank-0.125"), draw.curves_and_gaps, few=True),
+    "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), draw.curves_and_gaps,
+                         pairs=consecutive),
+    "table1": Experiment(("spectron", "self-guided", "adamw"), draw.curves_and_gaps, tasks=True,
+                         pairs=consecutive),
+    "table3": Experiment(("rank-0.4", "spectron", "rank-0.125"), draw.curves_and_gaps, few=True,
+                         pairs=consecutive),
     "fig12": Experiment(
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
          "dense", "dense-adamw"), draw.loss_over_lr, pairs=guided_with_muon),
-    "equilibrated": Experiment(("spectron", "equilibrated"), draw.loss_over_lr, pairs=against_first),
+    "equilibrated": Experiment(("spectron", "equilibrated"), draw.loss_over_lr),
     "neighbours": Experiment(
         ("equilibrated", "equilibrated-2", "spectron", "equilibrated-muon", "orthogonalize", "lora-muon",
-         "dense", "self-guided-muon-flops"), draw.loss_over_lr, pairs=against_first, memory=True),
+         "dense", "self-guided-muon-flops"), draw.loss_over_lr, memory=True),
     "rivals": Experiment(
         ("spectron", "equilibrated", "adamw", "self-guided", *RIVALS, "orthogonalize", "renormalize",
-         "neither", "dense", "dense-adamw"), draw.loss_over_memory, pairs=against_first, memory=True),
+         "neither", "dense", "dense-adamw"), draw.loss_over_memory, memory=True),
     "rivals-flops": Experiment(
         ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory, few=True,
-        pairs=against_first, memory=True),
-    "claims": Experiment(tuple(CLAIMS), draw.loss_by_arm, few=True, single=True, pairs=no_pairs),
-    "transfer": Experiment(tuple(sum(TRANSFERRED.values(), [])), draw.transfer, single=True, pairs=no_pairs),
-    "adam_lr": Experiment(tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr, single=True,
-                          pairs=no_pairs),
-    "momentum": Experiment(tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, few=True, single=True,
-                           pairs=no_pairs),
-    "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2, pairs=against_first),
-    "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3, pairs=against_first),
-    "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), draw.curves_and_gaps, few=True),
-    "fig5": Experiment(("spectron", "dense-flops", "dense-time"), draw.figure5, few=True,
-                       pairs=against_first),
+        memory=True),
+    "claims": Experiment(CLAIMS, draw.loss_by_arm, few=True, single=True, pairs=None),
+    "transfer": Experiment(sum(TRANSFERRED.values(), []), draw.transfer, single=True, pairs=None),
+    "adam_lr": Experiment([arm for *_, arm in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
+    "momentum": Experiment([arm for *_, arm in MOMENTA], draw.loss_by_arm, few=True, single=True, pairs=None),
+    "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2),
+    "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3),
+    "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), draw.curves_and_gaps, few=True,
+                        pairs=consecutive),
+    "fig5": Experiment(("spectron", "dense-flops", "dense-time"), draw.figure5, few=True),
     "fig6": Experiment((), draw.figure6, few=True, single=True, pairs=same_shape),
     "fig7": Experiment((), draw.figure7, few=True, single=True, tasks=True, pairs=same_shape),
 }
@@ -185,7 +182,7 @@ for name, e in EXPERIMENTS.items():
     vars(e).update(SAID[name])
 
 
-def arms_and_scale(name: str, scale: Scale) -> tuple[tuple, Scale]:
+def arms_and_scale(name: str, scale: Scale) -> tuple[list | tuple, Scale]:
     """The arms of an experiment, and a scale with as many learning rates and seeds as it has."""
     e = EXPERIMENTS[name]
     return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,

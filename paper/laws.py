@@ -124,7 +124,11 @@ def fit_law(points: Points, weights=None, start: Law | None = None, steps: int =
     y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
-    starts = np.array(starts_around(y.min()) if start is None else [
+    # 27 starts: how much of the lowest loss the two terms have each, and their exponents
+    starts = np.array([
+        (y.min() + np.log(part), y.min() + np.log(part), y.min() + np.log(1 - 2 * part), alpha, beta)
+        for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)
+    ] if start is None else [
         (np.log(start.A) - start.alpha * n0, np.log(start.B) - start.beta * d0, np.log(start.E), start.alpha,
          start.beta)])
     fits, (y, w) = len(w), (np.repeat(x, len(starts), 0) for x in (y, w))  # (fits * starts, n)
@@ -152,12 +156,6 @@ def fit_law(points: Points, weights=None, start: Law | None = None, steps: int =
     laws = [Law(float(np.exp(e)), float(np.exp(a + alpha * n0)), float(np.exp(b + beta * d0)), float(alpha),
                 float(beta), float(value)) for (a, b, e, alpha, beta), value in zip(theta[best], loss[best])]
     return laws[0] if single else laws
-
-
-def starts_around(lowest: float) -> list[tuple]:
-    """27 of them: how much of the lowest loss the two terms have each, and their exponents."""
-    return [(lowest + np.log(part), lowest + np.log(part), lowest + np.log(1 - 2 * part), alpha, beta)
-            for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)]
 
 
 def interval(values) -> tuple[float, float]:

@@ -7,8 +7,6 @@
 N is the total and C as executed; one table has the exponents of other conventions.
 """
 
-import csv
-import io
 import itertools
 
 import numpy as np
@@ -44,7 +42,11 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
     """What Approach 2 finds, the gap, the noise and the learning rates, as Markdown."""
     parts = []
     for kind in KINDS:
-        parts += [f"## {KINDS[kind].label}\n", minima(points[kind], budgets[kind]),
+        found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
+        minima = [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
+                   f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] for p in found]
+        parts += [f"## {KINDS[kind].label}\n", markdown(
+            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"], minima),
                   exponents(points[kind], budgets[kind]), "Standard deviation between seeds, at "
                   f"{SEEDED:.2g} FLOPs: {noise(rows[kind]):.4f} nats.\n"]
     parts += ["## The best dense model minus the best low-rank one\n", markdown(
@@ -54,14 +56,6 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
     parts += ["## Other learning rates\n", markdown(
         ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
     return "\n".join(parts)
-
-
-def minima(points: Points, budgets) -> str:
-    """Of the parabola of each budget."""
-    return markdown(
-        ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"],
-        [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
-          f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] for p in profiles(points, budgets) if p.inside])
 
 
 def exponents(points: Points, budgets) -> str:
@@ -180,11 +174,9 @@ def write_isoflop() -> None:
     where = RESULTS / "isoflop"
     gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
                             [noise(rows[kind]) for kind in KINDS])
-    every, text = [row for kind in KINDS for row in rows[kind]], io.StringIO()
-    out = csv.DictWriter(text, every[0], lineterminator="\n")
-    out.writeheader()
-    out.writerows(every)
-    write(where / "runs.csv", text.getvalue())
+    every = [row for kind in KINDS for row in rows[kind]]
+    lines = [",".join(map(str, line)) + "\n" for line in (every[0], *(row.values() for row in every))]
+    write(where / "runs.csv", "".join(lines))
     write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs "
           "executed. `python -m paper.scaling isoflop`\n\n"
           f"{isoflop_table(rows, points, budgets, gap, low, high)}\n"

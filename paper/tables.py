@@ -43,7 +43,8 @@ def table(name: str, found) -> str:
 
 def differences(name: str, found) -> str:
     """How much higher the second arm of each pair ends than the first."""
-    rows = [[f"{b.label} − {a.label}", *gap_cells(a, b)] for a, b in EXPERIMENTS[name].pairs(found)]
+    pairs = EXPERIMENTS[name].pairs
+    rows = [[f"{b.label} − {a.label}", *gap_cells(a, b)] for a, b in (pairs(found) if pairs else [])]
     return markdown(["difference", "nats", "95% interval", "seeds"], rows) if rows else ""
 
 
