@@ -91,7 +91,7 @@ def figure5(found, scale):
 
 
 def loss_over_lr(found, scale):
-    """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
+    """What diverged, or ends too high, is drawn at the top."""
     fig, (ax,) = panels(1, 9.5, 5)
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
     top = min(losses + [1]) * 2 if len(losses) < 2 else min(losses) + 0.8 * (max(losses) - min(losses))
@@ -158,7 +158,6 @@ def transfer(found, scale):
 
 
 def loss_over_adam_lr(found, scale):
-    """Of seed 0, a line for each arm."""
     fig, (ax,) = panels(1, 8, 4.6)
     by_name, lines = {o.arm: o for o in found}, {}
     for base, lr, adam_lr, arm in ADAM_LRS:
@@ -171,7 +170,6 @@ def loss_over_adam_lr(found, scale):
 
 
 def loss_over_memory(found, scale):
-    """One mark for each method, with the spread of its seeds."""
     fig, (ax,) = panels(1, 8, 4.8)
     for o in found:
         ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
@@ -208,7 +206,6 @@ def figure6(found, scale):
 
 
 def figure7(found, scale):
-    """Normalized accuracy on the three tasks over parameters."""
     fig, axes = panels(3, 10.5)
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
         over_parameters(ax, found, scale, [100 * o.scores[f"{task}_acc_norm"] for o in found])
@@ -249,7 +246,6 @@ def figure2(found, scale):
 
 
 def ratios(log, other, key: str) -> list[tuple]:
-    """(step, what one log has over what the other has)."""
     there = dict(other.points(key))
     return [(step, value / there[step]) for step, value in log.points(key) if there.get(step)]
 

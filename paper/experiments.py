@@ -114,7 +114,6 @@ def against_first(found):
 
 
 def same_shape(found):
-    """Each low-rank arm of a ladder with its dense twin."""
     return zip(found[:len(found) // 2], found[len(found) // 2:])
 
 
@@ -139,20 +138,17 @@ class Experiment:
     memory: bool = False  # columns of what each arm costs
 
 
-def ladder(scale: Scale) -> tuple:
-    sizes = LADDERS["nano" if scale.nano else "paper"]
-    return tuple(f"{kind}@{size}" if size != "nano"
-                 else {"spectron": "spectron", "dense": "dense-flops"}[kind]
-                 for kind in ("spectron", "dense") for size in sizes)
+def ladder(scale: Scale) -> list:
+    of_nano = {"spectron": "spectron", "dense": "dense-flops"}
+    return [of_nano[kind] if size == "nano" else f"{kind}@{size}"
+            for kind in of_nano for size in LADDERS["nano" if scale.nano else "paper"]]
 
 
+CURVES = {"figure": draw.curves_and_gaps, "pairs": consecutive}
 EXPERIMENTS = {
-    "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), draw.curves_and_gaps,
-                         pairs=consecutive),
-    "table1": Experiment(("spectron", "self-guided", "adamw"), draw.curves_and_gaps, tasks=True,
-                         pairs=consecutive),
-    "table3": Experiment(("rank-0.4", "spectron", "rank-0.125"), draw.curves_and_gaps, few=True,
-                         pairs=consecutive),
+    "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), **CURVES),
+    "table1": Experiment(("spectron", "self-guided", "adamw"), **CURVES, tasks=True),
+    "table3": Experiment(("rank-0.4", "spectron", "rank-0.125"), **CURVES, few=True),
     "fig12": Experiment(
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
          "dense", "dense-adamw"), draw.loss_over_lr, pairs=guided_with_muon),
@@ -164,16 +160,15 @@ EXPERIMENTS = {
         ("spectron", "equilibrated", "adamw", "self-guided", *RIVALS, "orthogonalize", "renormalize",
          "neither", "dense", "dense-adamw"), draw.loss_over_memory, memory=True),
     "rivals-flops": Experiment(
-        ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory, few=True,
-        memory=True),
+        ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory,
+        few=True, memory=True),
     "claims": Experiment(CLAIMS, draw.loss_by_arm, few=True, single=True, pairs=None),
     "transfer": Experiment(sum(TRANSFERRED.values(), []), draw.transfer, single=True, pairs=None),
     "adam_lr": Experiment([arm for *_, arm in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
     "momentum": Experiment([arm for *_, arm in MOMENTA], draw.loss_by_arm, few=True, single=True, pairs=None),
     "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2),
     "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3),
-    "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), draw.curves_and_gaps, few=True,
-                        pairs=consecutive),
+    "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), **CURVES, few=True),
     "fig5": Experiment(("spectron", "dense-flops", "dense-time"), draw.figure5, few=True),
     "fig6": Experiment((), draw.figure6, few=True, single=True, pairs=same_shape),
     "fig7": Experiment((), draw.figure7, few=True, single=True, tasks=True, pairs=same_shape),

@@ -54,7 +54,6 @@ DIMENSIONS = {
 
 
 def offsets(reach: float, half: int = 6) -> list[float]:
-    """An odd number of them, with zero exactly in the middle."""
     return [reach * i / half for i in range(-half, half + 1)]
 
 
@@ -236,7 +235,6 @@ def basins() -> dict:
 
 
 def make() -> None:
-    """Train and measure what is missing."""
     wanted = [Run(arm, lr_of(arm), seed) for seed in range(SEEDS) for arm in ARMS_HERE]
     runs.make_all(wanted, SCALE)
     for run in wanted:
@@ -257,7 +255,6 @@ def cell(seeds: list, key: str) -> str:
 
 
 def barriers() -> str:
-    """Each method against each."""
     between = read_json(WHERE / "basins.json")
     arms = [arm for arm in ARMS_HERE if any(arm in pair.split() for pair in between)]
     return markdown(["", *(ARMS[arm].label for arm in arms)], [

@@ -46,7 +46,7 @@ def counts(name: str) -> str:
 
 
 def results_readme() -> str:
-    """results/README.md: results.md, then every table, from the logs alone."""
+    """results.md, then every table, from the logs alone."""
     parts = [Path(__file__).with_name("results.md").read_text("utf-8")]
     for name, given in REPORT:
         e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)

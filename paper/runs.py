@@ -207,15 +207,13 @@ def make_all(runs: list[Run], scale: Scale) -> None:
 @contextmanager
 def alone(where: Path):
     """UserError where another process makes runs in this directory; SIGTERM is as Ctrl-C meanwhile."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
     where.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(where / "lock")
     except BlockingIOError:
         raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
     with held:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         finally:

@@ -3,8 +3,6 @@
     python -m paper.scaling isoflop       figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
     python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
     python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
-
-N is the total and C as executed; one table has the exponents of other conventions.
 """
 
 import itertools
