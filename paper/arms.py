@@ -86,10 +86,8 @@ CLAIMS = [  # the rivals' own settings, varied
 
 def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
     """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""
-    def other(name, lr, value):
-        return add(name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr,
-                   swept=swept)
-    return [(name, lr, value, name if value == own else other(name, lr, value))
+    return [(name, lr, value, name if value == own else add(
+        name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr, swept=swept))
             for name, (lr, own, values) in arms.items() for value in values]
 
 

@@ -61,8 +61,7 @@ def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def rows(seconds: dict, amount: float = 0, unit: str = ""):
-    """The first arm beside each of the others: medians, as amount / second where there is an amount, and how
-    many times as fast the first is."""
+    """The first arm beside each of the others: medians, and how many times as fast the first is."""
     def speed(name):
         taken = median(seconds[name])
         return f"{amount / taken:,.1f} {unit}/s" if amount else f"{taken:.3g} s"
@@ -120,7 +119,7 @@ class Trainer:
 
 
 def one_sequence(size: str, method: str = "spectron") -> Trainer:
-    """A model of this size that trains on the CPU, with one sequence a step."""
+    """Trains on the CPU."""
     return Trainer(f"--size {size} --method {method} --device cpu --batch_size 1 --tokens_per_step "
                    f"{SIZES[size].seq_len}", random=True)
 
@@ -128,7 +127,7 @@ def one_sequence(size: str, method: str = "spectron") -> Trainer:
 def optimizer(size="S", rounds=9):
     """Spectron on the factors of a size, beside Muon on the same tensors."""
     trainer = one_sequence(size)
-    spectron, *_ = trainer.optimizers
+    spectron = trainer.optimizers[0]
     factors = spectron.param_groups[0]["params"]
     for p in factors:
         p.grad = torch.randn_like(p)
@@ -157,9 +156,9 @@ def sequence(size="S", rounds=5):
 
 def memory(size="S"):
     """Peak memory of a process that trains on one sequence a step, beside what --dry_run says. Linux only."""
-    code = (f"from paper.bench import *; t = one_sequence({size!r}); t.step(); t.step(); t.step();"
-            " print(sum(plan.memory(t.c, t.model).values()), open('/proc/self/status').read())")
     if sys.platform == "linux":
+        code = (f"from paper.bench import *; t = one_sequence({size!r}); t.step(); t.step(); t.step();"
+                " print(sum(plan.memory(t.c, t.model).values()), open('/proc/self/status').read())")
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         planned, found = int(ran.stdout.split()[0]), 1024 * int(re.search(r"VmHWM:\s*(\d+)", ran.stdout)[1])
         yield row(f"peak memory of training {size} on one sequence", f"{found / 1e9:.2f} GB",
@@ -167,8 +166,7 @@ def memory(size="S"):
 
 
 def tokenize(files: list[Path], tokenizer="gpt2", rounds=3):
-    """From documents to shards on disk, beside tiktoken's batch encoding of the same documents to lists, on
-    as many threads."""
+    """From documents to shards on disk, beside tiktoken's encoding to lists on as many threads."""
     texts = [text for path in files for text in prepare.documents(path)]
     encoding, threads = data.get_tokenizer(tokenizer), os.cpu_count()
 
@@ -185,8 +183,7 @@ def tokenize(files: list[Path], tokenizer="gpt2", rounds=3):
 
 
 def decoding(run: str, dtype="float32", count=60, rounds=3):
-    """Greedy decoding with a KV cache, of a low-rank model and of dense weights of the same shape. UserError
-    for a dense model."""
+    """Greedy decoding with a KV cache, of a low-rank model and of dense weights of the same shape."""
     model = load_run(run, choose_device())[0].to(getattr(torch, dtype))
     if model.config.rank_ratio is None:
         raise UserError("decoding compares factors with dense weights, and this run has no factors: name a "
@@ -259,9 +256,8 @@ def predict(mfu: float, peak: float, link: float):
 
 
 def seconds(size: str, rounds=9):
-    """A step of one arm for each way to train that a table compares, on random tokens; above nano, where all
-    would not fit into memory, of the two of equal wall-clock. What a method does between steps is left out.
-    """
+    """A step of one arm for each way to train that a table compares, on random tokens, without what a method
+    does between steps; above nano, where all would not fit into memory, of the two of equal wall-clock."""
     scale = runs.scale_of(size)
     names = {name for e in EXPERIMENTS.values() if e.memory for name in e.arms} | {"self-guided-muon"}
     trainers = {name: Trainer(" ".join(runs.flags_of(ARMS[name], scale)), random=True)
@@ -284,17 +280,15 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"{', '.join(CPU)} (all of these), tokenize, decoding, predict, seconds")
     parser.add_argument("--text", nargs="+", type=Path, help="of tokenize: .txt, .jsonl, or their .gz")
-    parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
-                        help="of seconds (nano)")
+    parser.add_argument("--scale", default="nano", choices=SIZES, metavar="SIZE", help="of seconds (nano)")
     parser.add_argument("--run", help="of decoding: directory of a low-rank run")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of decoding: of weights and cache (float32)")
     parser.add_argument("--gpu", action="store_true", help="measure S, M, L on a CUDA device instead")
-    parser.add_argument("--mfu", type=number(), default=0.4,
-                        help="of predict: model FLOPs utilization (0.4, assumed)")
-    parser.add_argument("--peak", type=number(), default=989e12,
-                        help="of predict: bf16 FLOP/s of a GPU (989e12)")
-    parser.add_argument("--link", type=number(), default=25e9, help="of predict: bytes/s between GPUs (25e9)")
+    for flag, default, what in (("--mfu", 0.4, "model FLOPs utilization (0.4, assumed)"),
+                                ("--peak", 989e12, "bf16 FLOP/s of a GPU (989e12)"),
+                                ("--link", 25e9, "bytes/s between GPUs (25e9)")):
+        parser.add_argument(flag, type=number(), default=default, help=f"of predict: {what}")
     args = parser.parse_args(argv)
     parts = {**CPU, "tokenize": lambda: tokenize(args.text), "seconds": lambda: seconds(args.scale),
              "predict": lambda: predict(args.mfu, args.peak, args.link), "gpu": gpu,

@@ -18,10 +18,9 @@ GREY = "#777777"
 LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renormalize": (PINK, "D", "-"),
          "neither": (ORANGE, "^", "-"), "adamw": (GREEN, "v", "-"), "self-guided": (GREEN, "P", "--"),
          "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
-         "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-flops": (BLACK, "d", "-"),
-         "dense-time": (GREY, "d", "--"), "equilibrated": (GREEN, "^", "-"),
-         "equilibrated-2": (SKY, "v", "--"), "equilibrated-muon": (ORANGE, "s", "--"),
-         "lora-muon": (PINK, "P", "-"), "self-guided-muon-flops": (RED, "X", "--"),
+         "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-time": (GREY, "d", "--"),
+         "equilibrated": (GREEN, "^", "-"), "equilibrated-2": (SKY, "v", "--"),
+         "equilibrated-muon": (ORANGE, "s", "--"), "lora-muon": (PINK, "P", "-"),
          "galore": (ORANGE, "o", ":"), "fira": (ORANGE, "s", ":"), "sltrain": (PINK, "D", ":"),
          "relora": (PINK, "^", ":"), "sct": (SKY, "v", ":"), "tsvd": (SKY, "P", ":"),
          "cola": (BLUE, "X", ":")}
@@ -45,8 +44,7 @@ def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, *
 
 
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
-    """The validation loss of an arm over x in units of `each`: the mean over its seeds, and all of them as a
-    band."""
+    """The validation loss of an arm over `each` times x: the mean over its seeds, and their band."""
     logs = [log.points("val_loss", x)[:-1] for log in o.logs]  # the last is over more tokens than the others
     if not logs:
         return
@@ -66,25 +64,18 @@ def curves_and_gaps(found, scale):
         curve(left, o)
     left.set(xlabel="step")
     losses = [loss for o in found for log in o.logs[:1] for _, loss in log.points("val_loss")[:-1]]
-    if losses:
-        left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
-    gaps(right, found)
-    return fig
-
-
-def gaps(ax, found) -> None:
-    """How much higher each arm ends than the lowest, in percent, on a plain axis."""
+    left.set_ylim(top=min(max(losses), 1.9 * min(losses)))
     least = min(o.mean for o in found)
     for row, o in enumerate(found):
-        style = look(o.arm)
         if o.losses:
-            ax.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, color=style["color"],
-                        marker=style["marker"], capsize=3, ms=6)
+            right.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, capsize=3, ms=6,
+                           **look(o.arm))
     names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
-    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
-           xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
-    left, right = ax.get_xlim()
-    ax.set_xlim(min(-1.0, left), right + 0.04 * (right - left))
+    right.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
+              xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
+    low, high = right.get_xlim()
+    right.set_xlim(min(-1.0, low), high + 0.04 * (high - low))
+    return fig
 
 
 def figure5(found, scale):
@@ -100,7 +91,7 @@ def figure5(found, scale):
 
 
 def loss_over_lr(found, scale):
-    """Final loss over the learning rate, a line for each arm; what diverged, or ends too high, at the top."""
+    """What diverged, or ends too high, is drawn at the top."""
     fig, (ax,) = panels(1, 9.5, 5)
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
     top = min(losses + [1]) * 2 if len(losses) < 2 else min(losses) + 0.8 * (max(losses) - min(losses))
@@ -167,12 +158,10 @@ def transfer(found, scale):
 
 
 def loss_over_adam_lr(found, scale):
-    """Of seed 0, a line for each arm."""
     fig, (ax,) = panels(1, 8, 4.6)
     by_name, lines = {o.arm: o for o in found}, {}
     for base, lr, adam_lr, arm in ADAM_LRS:
-        if (loss := by_name[arm].grid.get(lr)) is not None:
-            lines.setdefault((base, lr), []).append((adam_lr, loss))
+        lines.setdefault((base, lr), []).append((adam_lr, by_name[arm].grid.get(lr)))
     for (base, lr), shown in lines.items():
         ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
     ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
@@ -181,39 +170,34 @@ def loss_over_adam_lr(found, scale):
 
 
 def loss_over_memory(found, scale):
-    """One mark for each method, with the spread of its seeds."""
     fig, (ax,) = panels(1, 8, 4.8)
     for o in found:
-        if o.losses:
-            style = look(o.arm) | {"ls": ""}
-            ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
-                        **style)
+        ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
+                    **look(o.arm) | {"ls": ""})
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
     name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
     return fig
 
 
-def parameters(arm: str, scale) -> int:
-    c = SIZES[ARMS[arm].size or scale.size]
-    return count_parameters(replace(c, rank_ratio=None) if arm.startswith("dense") else c)
-
-
-def over_parameters(ax, found, scale, value) -> None:
-    """A line for the low-rank models and one for the dense: value(outcome) over their parameters."""
-    half = len(found) // 2
-    for some, label in (found[:half], "Spectron, low-rank"), (found[half:], "Muon, dense"):
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in some], [value(o) for o in some], label=label, ms=6,
-                lw=1.6, **look(some[0].arm.split("@")[0]))
+def over_parameters(ax, found, scale, ys: list) -> list[float]:
+    """A line for the low-rank models and one for the dense, over million parameters, which it returns."""
+    xs, half = [], len(found) // 2
+    for o in found:
+        c = SIZES[ARMS[o.arm].size or scale.size]
+        xs.append(count_parameters(replace(c, rank_ratio=None) if o.arm.startswith("dense") else c) / 1e6)
+    ax.plot(xs[:half], ys[:half], label="Spectron, low-rank", ms=6, lw=1.6, **look("spectron"))
+    ax.plot(xs[half:], ys[half:], label="Muon, dense", ms=6, lw=1.6, **look("dense"))
+    return xs
 
 
 def figure6(found, scale):
     """Perplexity of seed 0 over parameters, low-rank and dense, of equal training FLOPs for each pair."""
     fig, (ax,) = panels(1, 6.5, 4.2)
-    over_parameters(ax, found, scale, lambda o: math.exp(o.by_seed[0]))
-    for pair in zip(found[:len(found) // 2], found[len(found) // 2:]):
-        ax.plot([parameters(o.arm, scale) / 1e6 for o in pair], [math.exp(o.by_seed[0]) for o in pair],
-                color="0.6", lw=0.8, ls=":")
+    ys, half = [math.exp(o.by_seed[0]) for o in found], len(found) // 2
+    xs = over_parameters(ax, found, scale, ys)
+    for i in range(half):
+        ax.plot(xs[i::half], ys[i::half], color="0.6", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
     name_ticks(ax.xaxis, [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
@@ -222,10 +206,9 @@ def figure6(found, scale):
 
 
 def figure7(found, scale):
-    """Normalized accuracy on the three tasks over parameters."""
     fig, axes = panels(3, 10.5)
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
-        over_parameters(ax, found, scale, lambda o: 100 * o.scores[f"{task}_acc_norm"])
+        over_parameters(ax, found, scale, [100 * o.scores[f"{task}_acc_norm"] for o in found])
         ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
     return fig
 
@@ -243,8 +226,7 @@ def norm_curves(ax, found, key: str) -> None:
 
 
 def figure2(found, scale):
-    """Left, the norm of W's step; right, low-rank over dense, each at its best lr and both at the low-rank
-    one's, and the paper's 10 to 30."""
+    """Left, the norm of W's step; right, low-rank over dense, beside the paper's 10 to 30."""
     fig, (left, right) = panels(2)
     norm_curves(left, found, "dW")
     low, dense = found
@@ -264,7 +246,6 @@ def figure2(found, scale):
 
 
 def ratios(log, other, key: str) -> list[tuple]:
-    """(step, what one log has over what the other has)."""
     there = dict(other.points(key))
     return [(step, value / there[step]) for step, value in log.points(key) if there.get(step)]
 

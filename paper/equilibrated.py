@@ -1,5 +1,5 @@
-"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike, what else was tried,
-and how even the rows of an orthogonalized momentum are, by kind of matrix and by step.
+"""Equilibrated Spectron beside Spectron in every setting where both were tuned alike, and how even the rows
+of an orthogonalized momentum are, by kind of matrix and by step. What else was tried is in candidates.md.
 
     python -m paper.equilibrated               all of results/equilibrated, from the logs that are there
     python -m paper.equilibrated --again       with rows.json made again, by training nano for 200 steps
@@ -16,11 +16,11 @@ from baselines.equilibrated import equilibrate
 from lib.checkpoints import load_checkpoint, load_model
 from lib.cli import Parser, command
 from lib.methods import block_matrices
-from paper import draw, logs, runs
-from paper.experiments import Outcome, gap, outcomes_of
+from paper import draw, runs
+from paper.experiments import gap, outcomes_of
 from paper.output import markdown, read_json, save, write, write_json
-from paper.runs import RESULTS, best_of
-from paper.tables import prepare, report
+from paper.runs import RESULTS
+from paper.tables import gap_cells, prepare, report
 from spectron import newton_schulz
 
 WHERE = RESULTS / "equilibrated"
@@ -29,69 +29,19 @@ SETTINGS = {label: runs.scale_of(**{"scale": "nano"} | given) for label, given i
     "the offline corpus": {"seeds": 5}, "half the batch": HALF,
     "that, IMDb reviews": HALF | {"data": "data/imdb-bytes"}, "a width of 384": {"scale": "nano-7.3M"},
     "four times the steps": {"steps": 800, "seeds": 5}}.items()}
-GOAL = -0.03  # nats
 
 
 def table(found: dict) -> str:
     head = ["", "steps x tokens", "lr", "Spectron", "lr", "equilibrated", "difference", "95% interval",
             "seeds", "lr within 5%", "FLOPs of each"]
-    rows = []
-    for label, (plain, even) in found.items():
-        difference, interval, seeds = gap(plain, even)
-        scale = SETTINGS[label]
-        rows.append([label, f"{scale.steps} x {scale.tokens_per_step:,}", f"{plain.lr:g}", str(plain),
-                     f"{even.lr:g}", str(even), f"{difference:+.3f}",
-                     "" if interval is None else f"± {interval:.3f}", str(seeds),
-                     f"{plain.width}, {even.width}", f"{plain.flops:.2e}"])
+    rows = [[label, f"{SETTINGS[label].steps} x {SETTINGS[label].tokens_per_step:,}", f"{plain.lr:g}",
+             str(plain), f"{even.lr:g}", str(even), *gap_cells(plain, even), f"{plain.width}, {even.width}",
+             f"{plain.flops:.2e}"] for label, (plain, even) in found.items()]
     return markdown(head, rows)
 
 
-CANDIDATES = {  # silu is CoLA's layer under Spectron
-    "no1": "radius without its + 1", "exact": "radius from the exact norm of dW",
-    "half": "rows divided by the root of their length", "after": "rows normalized after the polar factor",
-    "kinds": "ranks by kind of matrix", "silu": "silu between the factors",
-    **{f"{name}-equilibrated": f"{label}, even rows" for name, label in (
-        ("no1", "without the + 1"), ("exact", "exact norm"), ("after", "rows normalized after as well"),
-        ("kinds", "ranks by kind"), ("silu", "silu"))},
-    "spectron-rank1": "rank ratio 1", "silu-rank1": "rank ratio 1, silu"}
-
-
-def candidate(name: str, pack: str) -> Outcome:
-    """What an idea came to, from its logs."""
-    path, found = WHERE / f"candidates-{pack}.jsonl", {}
-    for run in logs.read(path):
-        idea, rest = run.split("-lr")
-        if idea == name:
-            lr, seed = rest.split("-seed")
-            found[float(lr), int(seed)] = logs.get(path, run)
-    grid = {lr: log.final_loss for (lr, seed), log in sorted(found.items()) if seed == 0}
-    best = best_of(grid)
-    by_seed = {seed: log for (lr, seed), log in sorted(found.items()) if lr == best}
-    return Outcome(name, grid, best, {seed: log.final_loss for seed, log in by_seed.items()},
-                   list(by_seed.values()))
-
-
-def candidates(found: dict) -> str:
-    """What else was tried, each at its best learning rate, beside Spectron and equilibrated Spectron."""
-    short, long = (found[label] for label in ("the offline corpus", "four times the steps"))
-    tried = [(o.label, o, ends) for o, ends in zip(short, long)]
-    tried += [(label, candidate(name, "200x4096"), candidate(name, "800x4096"))
-              for name, label in CANDIDATES.items()]
-    rows = []
-    for label, o, ends in tried:
-        difference, interval, seeds = gap(short[1], o)
-        gauge = max(value for _, value in o.logs[0].points("gauge"))
-        over = f"{difference:+.3f}" + (f" ± {interval:.3f}" if seeds > 1 else "") if difference else ""
-        rows.append([label, f"{o.lr:g}", str(o), over,
-                     str(len(o.losses)), f"{gauge:.2f}", f"{o.flops:.2e}",
-                     f"{min(ends.grid.values()):.3f}" if ends.grid else ""])
-    return markdown(["", "lr", "loss", "over equilibrated Spectron", "seeds", "largest gauge", "FLOPs",
-                     "800 steps, seed 0"], rows)
-
-
 def figure(found: dict):
-    """Left, the differences with their intervals; right, the learning-rate curves, each over the best loss
-    of Spectron in its setting."""
+    """Left, the differences; right, the learning-rate curves over Spectron's best loss in each setting."""
     fig, (left, right) = draw.panels(2, 10.5, width_ratios=[1, 1.3])
     for row, (label, (plain, even)) in enumerate(found.items()):
         difference, interval, _ = gap(plain, even)
@@ -101,7 +51,7 @@ def figure(found: dict):
             right.plot(*zip(*shown), color=draw.COLOURS[row], ls=line, marker="os^vD"[row], ms=4, lw=1.5,
                        label=label if line == "-" else None)
     left.axvline(0, color="0.5", lw=0.8)
-    left.axvline(GOAL, color="0.5", lw=1, ls=":")
+    left.axvline(-0.03, color="0.5", lw=1, ls=":")
     left.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.4, -0.6),
              xlabel="equilibrated minus Spectron (nats per byte)\n95% intervals; dotted: the goal")
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (dashed: Spectron)",
@@ -116,12 +66,10 @@ TRAIN = f"--steps {STEPS[-1]} --dtype float32 --eval_tokens 16384 --final_eval_t
 
 
 def rows_of(checkpoint: dict) -> list[dict]:
-    """A record for each kind of matrix, factor and number of times: the lengths of the rows of the
-    orthogonalized momentum over their root mean square, over all blocks."""
-    model, momenta, records = load_model(checkpoint, "cpu"), {}, []
-    states = iter(checkpoint["optimizers"][0]["state"].values())
-    assert model.factor_pairs()[0][0] is list(block_matrices(model).values())[0].A  # the optimizer's order
-    for name in block_matrices(model):
+    """The lengths of the rows of the orthogonalized momentum over their root mean square, over all blocks."""
+    momenta, records = {}, []
+    states = iter(checkpoint["optimizers"][0]["state"].values())  # A and B of each matrix, in this order
+    for name in block_matrices(load_model(checkpoint, "cpu")):
         for factor in "AB":
             M = next(states)["momentum_buffer"].double()
             momenta.setdefault((name.split(".")[-1], factor), []).append(M)
@@ -192,12 +140,8 @@ def everywhere(again: bool = False) -> None:
         report("equilibrated", scale)
     found = {label: outcomes_of("equilibrated", scale) for label, scale in SETTINGS.items()}
     write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
-          f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n## What else was tried\n\n"
-          "Each idea at its best of at least three learning rates. The code was a patch, which the history "
-          "has: `git show 1a098c9:results/equilibrated/candidates.diff`, whose variable CAND names the idea, "
-          "e.g. exact. Each line of the logs has its flags ([200 steps](candidates-200x4096.jsonl), "
-          "[800 steps](candidates-800x4096.jsonl)). The exact norm was run on a CPU, and 800 steps at three "
-          f"learning rates.\n\n{candidates(found)}")
+          f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n"
+          + Path(__file__).with_name("candidates.md").read_text("utf-8"))
     save(figure(found), WHERE / "figure.png",
          "After 200 steps even rows have lowered the loss; after 800 little of it is left", "")
     if again or not (WHERE / "rows.json").is_file():

@@ -1,6 +1,7 @@
 """The experiments: which arms a table or figure of the paper compares, and what came of them here."""
 
 import math
+import re
 import statistics
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step,
 from tools import plan
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))  # low-rank sizes of Table 5, otherwise perplexities
+SAID = {part.split()[0]: dict(re.findall(r"- (\w+): (.*)", part)) for part in
+        Path(__file__).with_name("experiments.md").read_text("utf-8").split("\n## ")[1:]}
 T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of seeds
 
 
@@ -41,10 +44,6 @@ class Outcome:
     @property
     def losses(self) -> list[float]:
         return [loss for loss in self.by_seed.values() if loss is not None]
-
-    @property
-    def steps(self) -> int | None:
-        return self.logs[0].config["steps"] if self.logs else None
 
     @property
     def flops(self) -> float | None:
@@ -97,8 +96,7 @@ def outcome(name: str, scale: Scale) -> Outcome:
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
     """(how much higher b ends than a in nats, half of its 95% interval, seeds), from the differences seed by
-    seed: a seed has the same data in both, and the same initial weights where the shapes are the same. None
-    where one of them diverged, and for the interval of one seed."""
+    seed: a seed has the same data in both. None where one diverged, and for the interval of one seed."""
     pairs = [b.by_seed[seed] - a.by_seed[seed] for seed in a.by_seed
              if None not in (a.by_seed[seed], b.by_seed.get(seed))]
     if len(pairs) < 2:
@@ -108,7 +106,6 @@ def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
 
 
 def consecutive(found):
-    """Each arm with the next one, in the paper's order."""
     return zip(found, found[1:])
 
 
@@ -117,7 +114,6 @@ def against_first(found):
 
 
 def same_shape(found):
-    """Each low-rank arm of a ladder with its dense twin."""
     return zip(found[:len(found) // 2], found[len(found) // 2:])
 
 
@@ -129,135 +125,59 @@ def guided_with_muon(found):
 
 @dataclass
 class Experiment:
-    """A table or figure of the paper. `arms` are in the paper's order, the best first."""
-    title: str
-    arms: tuple
+    """A table or figure of the paper; what it says is in experiments.md."""
+    arms: list | tuple  # in the paper's order, the best first
     figure: Callable  # (outcomes, scale) -> matplotlib figure
-    message: str  # what the committed figure at nano shows
-    note: str  # what differs from the paper
+    title: str = ""
+    message: str = ""
+    note: str = ""
     few: bool = False  # three learning rates for each arm, as they are many or cost much
     single: bool = False  # one seed, though other experiments may have given some arms more
     tasks: bool = False  # task columns, above nano
-    pairs: Callable = consecutive  # outcomes -> the pairs whose difference is told
-    norms: bool = False  # it is about norms over training
+    pairs: Callable | None = against_first  # outcomes -> the pairs whose difference is told
     memory: bool = False  # columns of what each arm costs
 
 
-def ladder(scale: Scale) -> tuple:
-    sizes = LADDERS["nano" if scale.nano else "paper"]
-    return tuple(f"{kind}@{size}" if size != "nano"
-                 else {"spectron": "spectron", "dense": "dense-flops"}[kind]
-                 for kind in ("spectron", "dense") for size in sizes)
+def ladder(scale: Scale) -> list:
+    of_nano = {"spectron": "spectron", "dense": "dense-flops"}
+    return [of_nano[kind] if size == "nano" else f"{kind}@{size}"
+            for kind in of_nano for size in LADDERS["nano" if scale.nano else "paper"]]
 
 
-ONE_SCHEDULE = "All arms decay to zero; the public code stops its AdamW baselines at a tenth of their lr."
+CURVES = {"figure": draw.curves_and_gaps, "pairs": consecutive}
 EXPERIMENTS = {
-    "table2": Experiment(
-        "Table 2 and Figure 10: the four corners", ("spectron", "orthogonalize", "renormalize", "neither"),
-        draw.curves_and_gaps,
-        "Without orthogonalization the loss is far worse; with it, renormalization does not lower it",
-        "The paper leaves open the direction of a momentum that is not orthogonalized. Here it is divided by "
-        "its spectral norm."),
-    "table1": Experiment(
-        "Table 1 with Figures 4 and 14a: three ways to train factors", ("spectron", "self-guided", "adamw"),
-        draw.curves_and_gaps, "Spectron ends far below self-guided training and AdamW", ONE_SCHEDULE,
-        tasks=True),
-    "table3": Experiment(
-        "Table 3 and Figure 11: the rank ratio, 0.25 where not said", ("rank-0.4", "spectron", "rank-0.125"),
-        draw.curves_and_gaps,
-        "A rank ratio of 0.125 ends far above 0.25; 0.4 ends below it, by less than the interval",
-        "At 0.4 the down projection has more parameters than if it were dense.", few=True),
+    "table2": Experiment(("spectron", "orthogonalize", "renormalize", "neither"), **CURVES),
+    "table1": Experiment(("spectron", "self-guided", "adamw"), **CURVES, tasks=True),
+    "table3": Experiment(("rank-0.4", "spectron", "rank-0.125"), **CURVES, few=True),
     "fig12": Experiment(
-        "Figure 12: final loss over the learning rate",
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
-         "dense", "dense-adamw"), draw.loss_over_lr,
-        "Orthogonalized updates end lowest, of factors and of dense weights",
-        "The paper shows two learning rates of four methods at size S. An lr is the radius of a step for "
-        "Spectron and about the size of an entry's step for AdamW: the widths compare, not the places.",
-        pairs=guided_with_muon),
-    "equilibrated": Experiment(
-        "Equilibrated Spectron, a method of our own",
-        ("spectron", "equilibrated"),
-        draw.loss_over_lr, "", "docs/EQUILIBRATED.md has the method and its bound.", pairs=against_first),
+         "dense", "dense-adamw"), draw.loss_over_lr, pairs=guided_with_muon),
+    "equilibrated": Experiment(("spectron", "equilibrated"), draw.loss_over_lr),
     "neighbours": Experiment(
-        "Equilibrated Spectron beside its neighbours, tuned alike",
         ("equilibrated", "equilibrated-2", "spectron", "equilibrated-muon", "orthogonalize", "lora-muon",
-         "dense", "self-guided-muon-flops"), draw.loss_over_lr,
-        "Even rows lower the loss with and without renormalization; only dense weights end lower",
-        "Self-guided training has as many steps as cost what Spectron's do.", pairs=against_first,
-        memory=True),
+         "dense", "self-guided-muon-flops"), draw.loss_over_lr, memory=True),
     "rivals": Experiment(
-        "The methods of low-rank pretraining side by side",
         ("spectron", "equilibrated", "adamw", "self-guided", *RIVALS, "orthogonalize", "renormalize",
-         "neither", "dense", "dense-adamw"), draw.loss_over_memory,
-        "With the least memory, orthogonalized updates of factors end below every method that uses AdamW",
-        "All on one schedule but ReLoRA, whose restarts have their own. Memory is of weights, gradients and "
-        "optimizer state, without activations.",
-        pairs=against_first, memory=True),
+         "neither", "dense", "dense-adamw"), draw.loss_over_memory, memory=True),
     "rivals-flops": Experiment(
-        "The same methods at equal executed FLOPs",
         ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory,
-        "At equal FLOPs every method whose token costs more ends above Spectron",
-        "Methods whose token costs what Spectron's does are in the table of equal tokens.", few=True,
-        pairs=against_first, memory=True),
-    "claims": Experiment(
-        "What the rivals' own settings are worth", tuple(CLAIMS), draw.loss_by_arm,
-        "SCT's loss falls with its rank; a shorter gap helps GaLore, and restarts cost ReLoRA",
-        "GaLore's own gap of 200 steps never ends in a run of 200; ReLoRA's own is a restart each quarter. "
-        "SCT's 199 times less memory, for a layer of 8,192 x 28,672 at rank 32, holds by count and as "
-        "measured at a size 64 times smaller (tests/test_rivals.py).",
-        few=True, single=True, pairs=lambda found: []),
-    "transfer": Experiment(
-        "The learning rate over widths and rank ratios", tuple(sum(TRANSFERRED.values(), [])),
-        draw.transfer,
-        "From a width of 64 on all shapes share one best learning rate under Spectron, and under Muon on "
-        "factors; AdamW's moves",
-        "Models of two layers, seed 0.", single=True, pairs=lambda found: []),
-    "adam_lr": Experiment(
-        "The learning rate of embedding, head and norms, adam_lr",
-        tuple(arm for *_, arm in ADAM_LRS), draw.loss_over_adam_lr,
-        "Methods that use AdamW want ten times the adam_lr of the orthogonalized ones",
-        "Each arm is at its best lr. Where no adam_lr is said, it is 3e-3, for Muon on factors 1e-2, and for "
-        "all with AdamW or a guide 3e-2.",
-        single=True,
-        pairs=lambda found: []),
-    "momentum": Experiment(
-        "The momentum, 0.7 where not said", tuple(arm for *_, arm in MOMENTA), draw.loss_by_arm, "", "",
-        few=True, single=True, pairs=lambda found: []),
-    "fig2": Experiment(
-        "Figure 2: the step of W under AdamW, low-rank and dense", ("adamw", "dense-adamw"), draw.figure2,
-        "Under AdamW the low-rank step of W is about as large as the dense one, not 10 to 30 times",
-        "The paper draws layer 4 and does not say which learning rates it used; here it is the third of four "
-        "blocks.", pairs=against_first, norms=True),
-    "fig3": Experiment(
-        "Figure 3: the norms of one matrix", ("spectron", "orthogonalize", "adamw"), draw.figure3,
-        "Spectron's step of W stays under its learning rate; AdamW's norms do not explode at nano",
-        "Each arm at its own best learning rate. The paper draws 8,000 steps at size S, three times what it "
-        "trains that size for elsewhere.", pairs=against_first, norms=True),
-    "fig13": Experiment(
-        "Figure 13: only the FFNs factorized", ("spectron-ffn", "self-guided-ffn", "adamw-ffn"),
-        draw.curves_and_gaps,
-        "With dense attention too, Spectron ends far below self-guided training and AdamW",
-        ONE_SCHEDULE + " Under Spectron the attention's matrices are Muon's at a fixed 0.02, under the "
-        "others AdamW's.", few=True),
-    "fig5": Experiment(
-        "Figures 1 and 5: dense and low-rank at equal FLOPs, and at equal wall-clock",
-        ("spectron", "dense-flops", "dense-time"), draw.figure5,
-        "At equal FLOPs, and at equal wall-clock, Spectron ends below a dense model of its shape",
-        "FLOPs are executed ones, with head and attention. The paper counts 6 N D, in which its dense model "
-        "sees 11.7 to 14.0 tokens per parameter, and it gives no wall-clock.", few=True, pairs=against_first),
-    "fig6": Experiment(
-        "Figure 6: perplexity over parameters", (), draw.figure6,
-        "At equal FLOPs each low-rank model ends below its dense twin, the more the larger it is",
-        "Every low-rank model sees the same tokens, and its dense twin as many as cost the same; the paper "
-        "gives larger models more tokens.", few=True, single=True, pairs=same_shape),
-    "fig7": Experiment(
-        "Figure 7: downstream accuracy over parameters", (), draw.figure7, "",
-        "The same models as Figure 6's.", few=True, single=True, tasks=True, pairs=same_shape),
+        few=True, memory=True),
+    "claims": Experiment(CLAIMS, draw.loss_by_arm, few=True, single=True, pairs=None),
+    "transfer": Experiment(sum(TRANSFERRED.values(), []), draw.transfer, single=True, pairs=None),
+    "adam_lr": Experiment([arm for *_, arm in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
+    "momentum": Experiment([arm for *_, arm in MOMENTA], draw.loss_by_arm, few=True, single=True, pairs=None),
+    "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2),
+    "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3),
+    "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), **CURVES, few=True),
+    "fig5": Experiment(("spectron", "dense-flops", "dense-time"), draw.figure5, few=True),
+    "fig6": Experiment((), draw.figure6, few=True, single=True, pairs=same_shape),
+    "fig7": Experiment((), draw.figure7, few=True, single=True, tasks=True, pairs=same_shape),
 }
+for name, e in EXPERIMENTS.items():
+    vars(e).update(SAID[name])
 
 
-def arms_and_scale(name: str, scale: Scale) -> tuple[tuple, Scale]:
+def arms_and_scale(name: str, scale: Scale) -> tuple[list | tuple, Scale]:
     """The arms of an experiment, and a scale with as many learning rates and seeds as it has."""
     e = EXPERIMENTS[name]
     return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,

@@ -4,10 +4,9 @@
     python -m paper.geometry --measure    train and measure first what is missing: hours
 
 Our reconstruction of the metrics of "Beyond Perplexity" (arXiv 2605.13652), whose abstract names four
-dimensions and not their members: the landscape around the weights, the paths between them, the spectra of W
-and of its updates, and the activations beside a densely trained model's. W is multiplied out, so that one
-direction or one path means the same for every method; CoLA, whose layers are not linear, has activations
-only. The runs are those of the comparison, at each method's best learning rate, with numbered checkpoints.
+dimensions and not their members. W is multiplied out, so that one direction or one path means the same for
+every method; CoLA, whose layers are not linear, has activations only. The runs are those of the comparison,
+at each method's best learning rate, with numbered checkpoints.
 """
 
 import math
@@ -28,7 +27,7 @@ from lib.ranks import choose_device
 from model import Llama
 from paper import draw, logs, runs
 from paper.arms import ARMS
-from paper.experiments import outcome
+from paper.experiments import SAID, outcome
 from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import OUT, RESULTS, Run
 
@@ -37,8 +36,7 @@ ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-
              "sltrain", "relora", "sct", "tsvd", "cola")
 FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most of the rivals
 STEPS, KEPT, SEEDS = 200, 50, 3
-SCALE = replace(runs.scale_of("nano", steps=STEPS), name="geometry", seeds=SEEDS,
-                flags=("--keep_every", str(KEPT)))
+SCALE = replace(runs.scale_of("nano", steps=STEPS), name="geometry", flags=("--keep_every", str(KEPT)))
 DIRECTIONS, TOP = 10, 10
 WINDOWS = 8  # of validation, on which every loss and activation here is taken
 DIMENSIONS = {
@@ -53,17 +51,9 @@ DIMENSIONS = {
                 "norm of dW over W's": "dW_relative_norm"},
     "activations": {"distance to dense": "distance", "relative": "relative_distance", "cosine": "cosine",
                     "CKA": "cka"}}
-MESSAGES = {
-    "landscape": "Orthogonalized updates end where the loss is flat along principal directions; ReLoRA's is "
-                 "the sharpest along random ones",
-    "interpolation": "Hardly a barrier between a method's checkpoints; one to dense training, lowest "
-                     "for GaLore and Fira",
-    "spectra": "Orthogonalized updates move W along many directions, those of AdamW along few",
-    "activations": "GaLore and Fira compute most nearly what dense training with AdamW does"}
 
 
 def offsets(reach: float, half: int = 6) -> list[float]:
-    """An odd number of them, with zero exactly in the middle."""
     return [reach * i / half for i in range(-half, half + 1)]
 
 
@@ -93,9 +83,8 @@ def sharpness(losses) -> float:
 
 
 def barrier(loss, start: list[Tensor], end: list[Tensor], points: int = 11) -> float:
-    """How far the loss on the way from start to end rises above the straight line between its ends; 0 or less
-    without a barrier, as on every convex path. The authors take the mean of the ends, which counts a slope as
-    a barrier."""
+    """How far the loss on the way from start to end rises above the straight line between its ends; the
+    authors take the mean of the ends, which counts a slope as a barrier."""
     losses = line(loss, start, [b - a for a, b in zip(start, end)], [i / (points - 1) for i in range(points)])
     return float((np.asarray(losses) - np.linspace(losses[0], losses[-1], points))[1:-1].max())
 
@@ -134,18 +123,16 @@ def cosine(X: Tensor, Y: Tensor) -> float:
     return float(F.cosine_similarity(X, Y, dim=-1).mean())
 
 
+def lr_of(arm: str) -> float:
+    return outcome(arm, runs.scale_of("nano")).lr
+
+
 def checkpoint(arm: str, seed: int, step: int) -> dict:
     return load_checkpoint(OUT / SCALE.name / Run(arm, lr_of(arm), seed).name / f"ckpt-{step:06}.pt")
 
 
-def lr_of(arm: str) -> float:
-    """The best one of the comparison; where that was not made, the one its grid lies around."""
-    return outcome(arm, runs.scale_of("nano", steps=STEPS)).lr or ARMS[arm].lr
-
-
 def materialised(model) -> dict[str, Tensor] | None:
-    """The weights of the densely parametrized Llama that computes the same function, float32; None where
-    there is none."""
+    """Those of the dense Llama that computes the same function, in float32; None where there is none."""
     try:
         found = {f"{name}.weight": layer.product() if hasattr(layer, "product") else layer.weight
                  for name, layer in block_matrices(model).items()}
@@ -175,7 +162,7 @@ class Loss:
 
 
 def measure(arm: str, seed: int, step: int) -> dict:
-    """Every metric of one checkpoint; those over weights are left out where there is no W."""
+    """Every metric of one checkpoint; where there is no W, those of activations."""
     saved, device = checkpoint(arm, seed, step), choose_device()
     model, full = (load_model(c, device).eval() for c in (saved, checkpoint(FULL, seed, step)))
     loss = Loss(model.config, saved["config"])
@@ -248,7 +235,6 @@ def basins() -> dict:
 
 
 def make() -> None:
-    """Train and measure what is missing."""
     wanted = [Run(arm, lr_of(arm), seed) for seed in range(SEEDS) for arm in ARMS_HERE]
     runs.make_all(wanted, SCALE)
     for run in wanted:
@@ -268,10 +254,9 @@ def cell(seeds: list, key: str) -> str:
     return f"{np.mean(last):.3g}" + (f" ± {np.std(last, ddof=1):.2g}" if len(last) > 1 else "")
 
 
-def barriers(arms: list) -> str:
-    """Each method against each."""
+def barriers() -> str:
     between = read_json(WHERE / "basins.json")
-    arms = [arm for arm in arms if any(arm in pair.split() for pair in between)]
+    arms = [arm for arm in ARMS_HERE if any(arm in pair.split() for pair in between)]
     return markdown(["", *(ARMS[arm].label for arm in arms)], [
         [ARMS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
                           for b in arms)] for a in arms])
@@ -300,19 +285,15 @@ def report() -> None:
     found = {arm: [] for arm in ARMS_HERE}  # arm -> a list of seeds, each a list of checkpoints
     for seed in logs.read(WHERE / "values.jsonl").values():
         found[seed[0]["arm"]].append(seed)
-    found = {arm: seeds for arm, seeds in found.items() if seeds}
-    if not found:
-        raise UserError(f"{WHERE} has no values: python -m paper.geometry --measure")
     parts = ["# Sixteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
              f"after {STEPS} steps, mean ± standard deviation over the seeds. `python -m paper.geometry`\n"]
     for name, keys in DIMENSIONS.items():
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
                 for arm, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
-        save(figure(found, name), WHERE / f"{name}.png", MESSAGES[name], f"nano, {STEPS} steps, each "
+        save(figure(found, name), WHERE / f"{name}.png", SAID[name]["message"], f"nano, {STEPS} steps, each "
              "method at its best learning rate, mean of the seeds")
-    if (WHERE / "basins.json").is_file():
-        parts += ["## Barriers between methods, seed 0\n", barriers(list(found))]
+    parts += ["## Barriers between methods, seed 0\n", barriers()]
     write(WHERE / "table.md", "\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")
 

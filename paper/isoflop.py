@@ -1,9 +1,8 @@
 """Sections 6 and D, at nano: which runs there are, what they came to, and what was fitted to them.
 
 At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
-more around the best one, each for as many steps as the budget pays for and with a schedule of that length.
-A budget is of executed FLOPs. The paper's 6 N D leaves out what attention does beside its matrices, 10% to
-21% of the dense models here and 12% to 31% of the low-rank ones. paper.laws has the fits.
+more around the best one, each for as many steps as the budget of executed FLOPs pays for and with a schedule
+of that length. (docs/SCALING.md says what the paper's 6 N D leaves out.) paper.laws has the fits.
 """
 
 import math
@@ -37,17 +36,12 @@ LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
 PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's, the spacing is assumed
 
 
-def arm(kind: str, size: str, budget: float) -> str:
-    """Its name, under which paper.runs then knows it."""
+def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1) -> Run:
+    """times: of the learning rate that a run of this length has. paper.runs then knows its arm."""
     name = f"{kind}-{size.removeprefix('nano-')}-{budget:g}"
     ARMS[name] = replace(KINDS[kind], size=size, budget=budget)
-    return name
-
-
-def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1) -> Run:
-    """times: of the learning rate that a run of this length has."""
     steps = round(budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step)  # as runs.steps_of
-    return Run(arm(kind, size, budget), float(f"{times * lr_of(kind, steps):.4g}"), seed)
+    return Run(name, float(f"{times * lr_of(kind, steps):.4g}"), seed)
 
 
 def lr_of(kind: str, steps: int) -> float:
@@ -73,9 +67,8 @@ def make() -> None:
 
 
 def papers_sizes(budget: float) -> list[str]:
-    """39 runs: ten of the twelve sizes of Table 5, without two that have a near twin, and without the
-    smallest at the largest budget, so that the tokens are the paper's 250M to 90B. Which ones it ran it does
-    not say."""
+    """39 runs: ten of the twelve sizes of Table 5, without two near twins, and without the smallest at the
+    largest budget, so that the tokens are the paper's 250M to 90B. Which ones it ran it does not say."""
     listed = [size for size in SIZES if size[0].isdigit() and size not in ("150M", "835M")]
     return listed[1:] if budget > 3e19 else listed
 
@@ -144,13 +137,12 @@ def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -
 
 
 def noise(rows: list[dict]) -> float:
-    """The standard deviation between seeds, pooled over the sizes that have several."""
+    """The standard deviation between seeds, pooled over the sizes."""
     groups = {}
     for r in rows:
         if r["budget"] == SEEDED and is_kept(r):
             groups.setdefault(r["size"], []).append(r["loss"])
-    variances = [statistics.variance(group) for group in groups.values() if len(group) > 1]
-    return statistics.mean(variances) ** 0.5 if variances else math.nan
+    return statistics.mean(map(statistics.variance, groups.values())) ** 0.5
 
 
 def lowest(points: Points, budgets) -> np.ndarray:

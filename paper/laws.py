@@ -1,10 +1,9 @@
 """Compute-optimal sizes from runs: the arithmetic of Section 6 and Appendix D.
 
-A run is a model of N parameters that saw D tokens, cost C FLOPs and ended at a loss L. Approach 2 fits a
-parabola in log N to the runs of each budget; its minimum is N_opt(C), and N_opt = k C^a is fitted through the
-budgets. Approach 3 fits L = E + A / N^alpha + B / D^beta to all runs at once, from which a = beta / (alpha +
-beta). (Both are of Hoffmann et al. 2022. The *sum* of Huber losses is minimized: with their mean, optimizers
-stop early, which is what went wrong there according to Besiroglu et al. 2024.)
+A run is a model of N parameters that saw D tokens, cost C FLOPs and ended at a loss L. Approach 2 of Hoffmann
+et al. 2022 fits a parabola in log N to the runs of each budget; its minimum is N_opt(C), and N_opt = k C^a is
+fitted through the budgets. Approach 3 fits L = E + A / N^alpha + B / D^beta to all runs at once, from which a
+= beta / (alpha + beta). It minimizes the *sum* of Huber losses: with their mean optimizers stop early.
 """
 
 from dataclasses import dataclass, replace
@@ -79,8 +78,7 @@ def power_law(C, y) -> tuple[float, float]:
 
 
 def isoflop(points: Points, budgets, of: str = "N") -> float:
-    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum inside
-    their grid."""
+    """The exponent a of N_opt = k C^a, or of D_opt; nan where fewer than two budgets have a minimum."""
     found = [p for p in profiles(points, budgets) if p.inside]
     return power_law([p.C for p in found], [getattr(p, of) for p in found])[0] if len(found) > 1 else np.nan
 
@@ -118,17 +116,19 @@ def huber(residual):
 def fit_law(points: Points, weights=None, start: Law | None = None, steps: int = 100) -> Law | list[Law]:
     """The law of the lowest Huber loss on log L: from many starts at once, or from one.
 
-    weights (b, n) say how often each of the n runs counts in each of b fits, as a bootstrap wants it; losses
-    L (b, n) are those of b studies. With either it returns b laws. The method is Levenberg and Marquardt's on
-    log A, log B, log E, alpha, beta, each run weighed by the slope of its Huber loss. N and D are divided by
-    their geometric means first, which undoes most of the correlation between A and alpha.
-    """
+    weights (b, n) say how often each of the n runs counts in each of b fits; losses L (b, n) are those of b
+    studies. With either it returns b laws. The method is Levenberg and Marquardt's on log A, log B, log E,
+    alpha, beta. N and D are divided by their geometric means first, so that A and alpha correlate less."""
     n, d, y = np.log(points.N), np.log(points.D), np.log(points.L)
     single = weights is None and y.ndim == 1
     y, w = np.broadcast_arrays(np.atleast_2d(y), np.ones((1, len(n))) if weights is None else weights)
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
-    starts = np.array(starts_around(y.min()) if start is None else [
+    # 27 starts: how much of the lowest loss the two terms have each, and their exponents
+    starts = np.array([
+        (y.min() + np.log(part), y.min() + np.log(part), y.min() + np.log(1 - 2 * part), alpha, beta)
+        for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)
+    ] if start is None else [
         (np.log(start.A) - start.alpha * n0, np.log(start.B) - start.beta * d0, np.log(start.E), start.alpha,
          start.beta)])
     fits, (y, w) = len(w), (np.repeat(x, len(starts), 0) for x in (y, w))  # (fits * starts, n)
@@ -156,12 +156,6 @@ def fit_law(points: Points, weights=None, start: Law | None = None, steps: int =
     laws = [Law(float(np.exp(e)), float(np.exp(a + alpha * n0)), float(np.exp(b + beta * d0)), float(alpha),
                 float(beta), float(value)) for (a, b, e, alpha, beta), value in zip(theta[best], loss[best])]
     return laws[0] if single else laws
-
-
-def starts_around(lowest: float) -> list[tuple]:
-    """27 of them: how much of the lowest loss the two terms have each, and their exponents."""
-    return [(lowest + np.log(part), lowest + np.log(part), lowest + np.log(1 - 2 * part), alpha, beta)
-            for part in (0.05, 0.2, 0.4) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)]
 
 
 def interval(values) -> tuple[float, float]:

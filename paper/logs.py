@@ -2,9 +2,8 @@
 
     {"run": "adamw-lr0.001-seed0", "log": [{"argv": ..., "config": ...}, {"step": [1, 10], "loss": [6.2, 5]}]}
 
-"log" holds the records of one log.jsonl in their order. A header, which is the record with a config, stays as
-it is, and a resumed run has several. Records that follow each other and have the same keys become one object
-of columns. Unpacking gives back exactly what was packed, with its nulls and without the keys it did not have.
+"log" holds the records of one log.jsonl in their order. A header, which has a config, stays as it is, and a
+resumed run has several. Records that follow each other and have the same keys become one object of columns.
 """
 
 import json
@@ -38,8 +37,7 @@ def unpack(parts: list[dict]) -> list[dict]:
 
 
 def read(path: Path) -> dict[str, list[dict]]:
-    """The records of every run in a packed file, by its name; none where there is no file. A file is read
-    again only after it has changed. UserError where it is damaged."""
+    """The records of every run in a packed file, by its name. A file is read again only after it changed."""
     if not path.is_file():
         return {}
     stat = path.stat()
@@ -62,8 +60,7 @@ def lines_of(path: Path) -> dict[str, tuple[str, list]]:
 
 
 def add(path: Path, name: str, records: list[dict]) -> None:
-    """Put a run into a packed file, in place of one of that name. Several processes and threads may do so at
-    once, and a kill leaves the file as it was or with the whole run."""
+    """Put a run into a packed file, in place of one of that name. Several processes may do so at once."""
     for directory in path.parent, LOCK.parent:
         directory.mkdir(parents=True, exist_ok=True)
     with THREADS, lock(LOCK, wait=True):
@@ -99,8 +96,8 @@ class Log:
 
     @property
     def final_loss(self) -> float | None:
-        """The validation loss after the last step; None for a run that diverged: its gradient or its loss
-        ceased to be finite, or it ended worse than a guess, ln V for a vocabulary of V with its padding."""
+        """The validation loss after the last step; None for a run that diverged: it ceased to be finite, or
+        ended worse than a guess, ln V for a vocabulary of V with its padding."""
         loss = self.steps[-1].get("val_loss") if self.steps else None
         return loss if loss is not None and loss < math.log(self.config["model"]["vocab_size"]) else None
 

@@ -38,8 +38,7 @@ def read_json(path: Path):
 
 
 def save(fig, path: Path, message: str, setting: str) -> None:
-    """Write a figure as PNG. The message is its title; below it, small, where it is from; at the bottom one
-    legend for all axes, each label once."""
+    """Write a figure as PNG, with the message as its title and one legend for all axes."""
     width = fig.get_figwidth()
     if curves := {label: curve for ax in fig.axes for curve, label in zip(*ax.get_legend_handles_labels())}:
         columns = columns_for(list(curves), width)
@@ -66,8 +65,7 @@ def columns_for(labels: list[str], inches: float) -> int:
 
 
 def looks_like(picture: Image.Image, path: Path) -> bool:
-    """Whether a file shows the same to every eye. It is then left alone, so that another machine's rounding
-    or compression does not change what is committed."""
+    """Whether a file shows the same to every eye: another machine's rounding does not change it then."""
     try:
         with Image.open(path) as file:
             there, here = file.convert("RGB"), picture.convert("RGB")

@@ -1,10 +1,9 @@
 """The runs behind the paper's tables and figures: how each is made, once.
 
-A run is train.py as a user calls it. Its log, thinned, becomes a line of results/runs/<scale>.jsonl (see
-paper/logs.py) and feeds every table and figure that needs it. A run that has a line is not made again, and
-one that was stopped goes on from its checkpoint in out/paper. Each arm sees the same data in the same order,
-the same schedule and clipping, and as many learning rates as the arms beside it; its best one then gets the
-other seeds.
+A run is train.py as a user calls it. Its log, thinned, becomes a line of results/runs/<scale>.jsonl, from
+which every table and figure is made. A run that has a line is not made again, and one that was stopped goes
+on from its checkpoint in out/paper. Each arm has as many learning rates as the arms beside it; its best one
+then gets the other seeds.
 """
 
 import json
@@ -21,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from lib.methods import flops_per_token
 import train
+from lib import methods
 from lib.cli import UserError
 from lib.files import lock
 from model import NANO_SIZES, Llama, LlamaConfig
@@ -41,7 +40,7 @@ WIDER = 2  # times that a grid may grow where its best is at the edge
 @dataclass(frozen=True)
 class Scale:
     """Where the arms are compared. Its name is that of its files: nano-imdb-bytes, S-300x131072."""
-    given: dict = field(hash=False)  # what makes it again: scale_of(**given)
+    given: dict = field(hash=False)  # the flags of paper.reproduce that make it
     size: str
     name: str
     steps: int | None  # None: the paper's
@@ -60,22 +59,19 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
     """A scale from what the user gave, a size and what differs from its own, which goes into the name."""
     if lrs and lrs > MOST_LRS:
         raise UserError(f"--lrs {lrs}: at most {MOST_LRS}, which span more than four powers of ten")
-    given = {"scale": scale, "data": data, "steps": steps, "tokens_per_step": tokens_per_step, "lrs": lrs,
-             "seeds": None if seeds == 3 else seeds}
-    given, size = {key: value for key, value in given.items() if value is not None}, scale
-    nano = size in NANO_SIZES
-    default = train.new_run({"size": size}, "cpu")
-    shortened = f"-{steps or 'paper'}x{tokens_per_step or default.tokens_per_step}" \
-        if steps or tokens_per_step else ""
-    name = size + (f"-{Path(data).name}" if data else "") + shortened
-    return Scale(given, size, name, steps or (200 if nano else None),
-                 tokens_per_step or default.tokens_per_step, data or default.data,
+    given = {"scale": scale if scale != "nano" else None, "data": data, "steps": steps,
+             "tokens_per_step": tokens_per_step, "lrs": lrs, "seeds": seeds if seeds != 3 else None}
+    nano, default = scale in NANO_SIZES, train.new_run({"size": scale}, "cpu")
+    tokens = tokens_per_step or default.tokens_per_step
+    name = scale + (f"-{Path(data).name}" if data else "")
+    if steps or tokens_per_step:
+        name += f"-{steps or 'paper'}x{tokens}"
+    return Scale(given, scale, name, steps or (200 if nano else None), tokens, data or default.data,
                  lrs or (6 if nano else 3), seeds)
 
 
 def steps_of(name: str, scale: Scale) -> int:
-    """Optimizer steps of an arm: those of the scale, or as many as cost what its twin costs. UserError where
-    that is a time that nobody has measured."""
+    """Those of the scale, or as many as cost what the arm's twin costs."""
     arm = ARMS[name]
     if arm.budget:
         return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
@@ -92,14 +88,13 @@ def steps_of(name: str, scale: Scale) -> int:
 
 @cache
 def flops_per_token(name: str, scale: Scale) -> float:
-    """Of the arm's first step; of a guided run, whose guide is there for half of the steps, the mean. No
-    model is made."""
+    """Of the arm's first step; of a guided run, whose guide is there for half of the steps, the mean."""
     c = train.resolve(train.parse(flags_of(ARMS[name], scale)))
     method = train.find_method(c.method, c.method_args)
     with torch.device("meta"):
         first = method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
-        plain = flops_per_token(Llama(LlamaConfig(**c.model))) if c.method == "self-guided" else first
-    return (first + plain) / 2
+        plain = methods.flops_per_token(Llama(LlamaConfig(**c.model)))
+    return (first + plain) / 2 if c.method == "self-guided" else first
 
 
 def seconds_per_step(name: str, scale: Scale) -> float | None:
@@ -110,8 +105,8 @@ def seconds_per_step(name: str, scale: Scale) -> float | None:
 
 def reproduce(name: str, scale: Scale) -> str:
     """The command that makes an experiment."""
-    given = {key: value for key, value in scale.given.items() if (key, value) != ("scale", "nano")}
-    return " ".join(["python -m paper.reproduce", name, *(f"--{key} {x}" for key, x in given.items())])
+    given = [f"--{key} {value}" for key, value in scale.given.items() if value is not None]
+    return " ".join(["python -m paper.reproduce", name, *given])
 
 
 def flags_of(arm: Arm, scale: Scale) -> list[str]:
@@ -169,13 +164,13 @@ def command(run: Run, scale: Scale) -> list[str]:
             "--out", str(out), "--resume", "auto"]
 
 
-def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
+def make(run: Run, scale: Scale, children: list) -> None:
     """Train, unless it is done; then keep the thinned log."""
     log = OUT / scale.name / run.name / "log.jsonl"
     if not is_finished(log):
-        env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        env = os.environ | ({"OMP_NUM_THREADS": "1"} if scale.nano else {})
         # a session of its own: Ctrl-C reaches it once, from make_all
-        child = subprocess.Popen(command(run, scale), stdout=subprocess.DEVNULL if threads else None,
+        child = subprocess.Popen(command(run, scale), stdout=subprocess.DEVNULL if scale.nano else None,
                                  stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
         children.append(child)
         said = child.communicate()[1]
@@ -188,15 +183,14 @@ def make(run: Run, scale: Scale, children: list, threads: int | None) -> None:
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:
-    """Those that are missing; small models side by side, a thread each, which is faster than one after the
-    other with all threads. Interrupted, it lets those that run save, and the same command goes on."""
+    """Those that are missing; small models side by side, a thread each, which is faster. Interrupted, it lets
+    those that run save, and the same command goes on."""
     missing = [run for run in dict.fromkeys(runs) if not log_of(run, scale)]
     if not missing:
         return
     workers, children = min(os.cpu_count(), 16) if scale.nano else 1, []
-    threads = 1 if workers > 1 else None
     with alone(OUT / scale.name), ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(make, run, scale, children, threads): run for run in missing}
+        futures = {pool.submit(make, run, scale, children): run for run in missing}
         try:
             for i, (future, run) in enumerate(futures.items()):
                 future.result()
@@ -213,15 +207,13 @@ def make_all(runs: list[Run], scale: Scale) -> None:
 @contextmanager
 def alone(where: Path):
     """UserError where another process makes runs in this directory; SIGTERM is as Ctrl-C meanwhile."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
     where.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(where / "lock")
     except BlockingIOError:
         raise UserError(f"another process makes runs in {where}: wait for it, or stop it") from None
     with held:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         finally:
@@ -231,12 +223,10 @@ def alone(where: Path):
 def score(run: Run, scale: Scale, tasks: tuple) -> None:
     """The run's accuracies, by eval.py."""
     kept = scores_of(run, scale)
-    if kept.is_file():
-        return
     kept.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "eval.py", str(OUT / scale.name / run.name), "--tasks", ",".join(tasks),
                "--json", str(kept)]
-    if subprocess.run(command).returncode:
+    if not kept.is_file() and subprocess.run(command).returncode:
         raise UserError(f"no scores of {run.name} (above is why); the same command goes on")
 
 
@@ -250,8 +240,7 @@ def lrs_of(name: str, scale: Scale) -> list[float]:
 
 def tried(name: str, scale: Scale) -> tuple[dict[float, float | None], list[float]]:
     """(what the learning rates came to with seed 0, those that are still to be made): those that the arm
-    starts from, and beyond an edge that is best at most WIDER more; what others have tried further out is not
-    looked at."""
+    starts from, and beyond an edge that is best at most WIDER more, whatever else was run."""
     found, wanted = {}, lrs_of(name, scale)
     for _ in range(1 + WIDER * ARMS[name].swept):
         there = {lr: log.final_loss for lr in wanted if (log := log_of(Run(name, lr), scale))}
@@ -271,8 +260,6 @@ def best_of(losses: dict) -> float | None:
 
 def next_lr(losses: dict) -> float | None:
     """The learning rate beyond the edge, where the best is there."""
-    if not losses:
-        return None
     best, lowest, highest = best_of(losses), SERIES.index(min(losses)), SERIES.index(max(losses))
     if best in (None, SERIES[lowest]):
         return SERIES[lowest - 1]

@@ -3,12 +3,9 @@
     python -m paper.scaling isoflop       figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
     python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
     python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
-
-N is the total and C as executed; one table has the exponents of other conventions.
 """
 
-import csv
-import io
+import itertools
 
 import numpy as np
 
@@ -23,8 +20,6 @@ from paper.laws import isoflop as exponent_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS
 
-PARAMETERS = "E", "A", "alpha", "B", "beta", "exponent"
-CONVENTIONS = [(count, flops) for flops in ("executed", "6nd") for count in ("total", "blocks")]
 COLOURS = {"spectron": draw.BLUE, "dense": draw.BLACK}
 SETTING = ("nano, two layers of many widths, 512 tokens a step of the offline corpus, "
            "each run with a schedule of its own length")
@@ -41,22 +36,17 @@ def collected(count: str = "total", flops: str = "executed") -> tuple[dict, dict
     return rows, points, budgets
 
 
-def csv_of(rows: dict) -> str:
-    every, text = [row for kind in KINDS for row in rows[kind]], io.StringIO()
-    out = csv.DictWriter(text, every[0], lineterminator="\n")
-    out.writeheader()
-    out.writerows(every)
-    return text.getvalue()
-
-
-def isoflop_table(rows, points, budgets) -> str:
+def isoflop_table(rows, points, budgets, gap, low, high) -> str:
     """What Approach 2 finds, the gap, the noise and the learning rates, as Markdown."""
-    parts, sigmas = [], [noise(rows[kind]) for kind in KINDS]
-    for kind, sigma in zip(KINDS, sigmas):
-        parts += [f"## {KINDS[kind].label}\n", minima(points[kind], budgets[kind]),
-                  exponents(points[kind], budgets[kind]),
-                  f"Standard deviation between seeds, at {SEEDED:.2g} FLOPs: {sigma:.4f} nats.\n"]
-    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"], sigmas)
+    parts = []
+    for kind in KINDS:
+        found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
+        minima = [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
+                   f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] for p in found]
+        parts += [f"## {KINDS[kind].label}\n", markdown(
+            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"], minima),
+                  exponents(points[kind], budgets[kind]), "Standard deviation between seeds, at "
+                  f"{SEEDED:.2g} FLOPs: {noise(rows[kind]):.4f} nats.\n"]
     parts += ["## The best dense model minus the best low-rank one\n", markdown(
         ["FLOPs", "nats per byte", "95% interval"],
         [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
@@ -64,16 +54,6 @@ def isoflop_table(rows, points, budgets) -> str:
     parts += ["## Other learning rates\n", markdown(
         ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
     return "\n".join(parts)
-
-
-def minima(points: Points, budgets) -> str:
-    """Each budget's parabola."""
-    return markdown(
-        ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"],
-        [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
-          f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] if p.inside else
-         [f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), "outside its grid, left out", "", ""]
-         for p in profiles(points, budgets)])
 
 
 def exponents(points: Points, budgets) -> str:
@@ -99,7 +79,7 @@ def checked(rows) -> list[list[str]]:
                                for kind in KINDS]:
         by_lr = {r["lr"]: r["loss"] for r in rows[kind]
                  if (r["size"], r["budget"], r["seed"]) == (size, budget, 0)}
-        losses = ("diverged" if loss is None else f"{loss:.3f}" for _, loss in sorted(by_lr.items()))
+        losses = (f"{by_lr[lr]:.3f}" for lr in sorted(by_lr))
         table.append([KINDS[kind].label, f"{budget:.2g}", size, *losses])
     return table
 
@@ -136,8 +116,6 @@ def figure8(points, budgets):
                                  (axes[1], 0.521, "D", "tokens at the minimum")):
         for kind in KINDS:
             found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
-            if len(found) < 2:
-                continue
             C, y = [p.C for p in found], [getattr(p, of) for p in found]
             exponent, factor = power_law(C, y)
             ax.plot(C, y, "o", color=COLOURS[kind])
@@ -152,11 +130,9 @@ def figure8(points, budgets):
     return fig
 
 
-def gap_figure(rows, points, budgets):
+def gap_figure(budgets, gap, low, high):
     fig, (ax,) = draw.panels(1, 6.5, 4)
-    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
-                            [noise(rows[kind]) for kind in KINDS])
-    ax.errorbar(budgets["spectron"], gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
+    ax.errorbar(budgets, gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
     ax.axhline(0, color="0.4", lw=1)
     log_axis(ax.xaxis, "training FLOPs (executed)")
     ax.set_ylabel("best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
@@ -184,9 +160,8 @@ def precision_figure(spreads: dict):
         for row, (sigma, found) in enumerate(spreads.items()):
             ax.hist(found[:, i], np.arange(0.36, 0.561, 0.004), histtype="step", lw=1.5,
                     color=draw.COLOURS[row], label=f"{sigma:g} nats of noise")
-        for value, style in (0.479, "--"), (0.49, ":"):
-            ax.axvline(value, color="0.2", ls=style, lw=1.4,
-                       label={0.479: "the paper's 0.479", 0.49: "Chinchilla's 0.49"}[value])
+        ax.axvline(0.479, color="0.2", ls="--", lw=1.4, label="the paper's 0.479")
+        ax.axvline(0.49, color="0.2", ls=":", lw=1.4, label="Chinchilla's 0.49")
         ax.set(xlabel=f"exponent of N_opt, by the {name}", xlim=(0.36, 0.56))
     axes[0].set_ylabel("of 400 simulated studies")
     return fig
@@ -195,14 +170,19 @@ def precision_figure(spreads: dict):
 def write_isoflop() -> None:
     rows, points, budgets = collected()
     where = RESULTS / "isoflop"
-    write(where / "runs.csv", csv_of(rows))
+    gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
+                            [noise(rows[kind]) for kind in KINDS])
+    every = [row for kind in KINDS for row in rows[kind]]
+    lines = [",".join(map(str, line)) + "\n" for line in (every[0], *(row.values() for row in every))]
+    write(where / "runs.csv", "".join(lines))
     write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs "
-          f"executed. `python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets)}\n"
+          "executed. `python -m paper.scaling isoflop`\n\n"
+          f"{isoflop_table(rows, points, budgets, gap, low, high)}\n"
           f"## The exponent a, counted otherwise\n\n{conventions()}\n[Every run](runs.csv)\n\n"
           "![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
     save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute", SETTING)
-    save(gap_figure(rows, points, budgets), where / "gap.png",
+    save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png",
          "At equal FLOPs, each at its own best size, dense ends lower", SETTING)
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
@@ -210,7 +190,7 @@ def write_isoflop() -> None:
 def conventions() -> str:
     """The same runs, with N without embedding and head, and with C as 6 N D."""
     table = []
-    for count, flops in CONVENTIONS:
+    for flops, count in itertools.product(("executed", "6nd"), ("total", "blocks")):
         _, points, budgets = collected(count, flops)
         table.append([f"{count}, {flops}", *(f"{a:.3f}" for kind in KINDS for a in (
             exponent_of(points[kind], budgets[kind]), fit_law(points[kind]).exponent))])
@@ -243,7 +223,8 @@ def laws_table(points, budgets) -> str:
     table = []
     for kind, p in points.items():
         law, (_, laws) = fit_law(p), bootstrap(p, budgets[kind])
-        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})" for key in PARAMETERS
+        cells = [f"{getattr(law, key):.3g} ({a:.3g} to {b:.3g})"
+                 for key in ("E", "A", "alpha", "B", "beta", "exponent")
                  for a, b in [interval([getattr(x, key) for x in laws])]]
         table.append([KINDS[kind].label, str(len(p)), *cells, ", ".join(law.at_bounds()) or "none"])
     return markdown(["", "runs", "E", "A", "alpha", "B", "beta", "a = beta / (alpha + beta)", "at a bound"],

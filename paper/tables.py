@@ -25,8 +25,11 @@ def table(name: str, found) -> str:
             *(["the paper's perplexity", "its loss over its best"] if paper else [])]
     rows = []
     for o in found:
-        row = [o.label, best_lr(o), str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
-               over(o.mean, least), o.width, str(o.steps or ""), f"{o.flops:.2e}" if o.flops else "",
+        at_edge = len(o.grid) > 1 and o.lr in (min(o.grid), max(o.grid))
+        lr = f"{o.lr:g}" + " (the edge of its grid)" * at_edge if o.lr else ""
+        row = [o.label, lr, str(o), str(len(o.losses)), f"{math.exp(o.mean):.2f}",
+               over(o.mean, least), o.width, str(o.logs[0].config["steps"] if o.logs else ""),
+               f"{o.flops:.2e}" if o.flops else "",
                *(f"{o.scores[key]:.2%}" if (key := f"{task}_acc_norm") in o.scores else "" for task in tasks)]
         if costs and o.logs:
             row += [f"{o.memory['parameters']:,}", f"{o.memory['optimizer'] / 1e6:.1f}",
@@ -40,12 +43,15 @@ def table(name: str, found) -> str:
 
 def differences(name: str, found) -> str:
     """How much higher the second arm of each pair ends than the first."""
-    rows = []
-    for a, b in EXPERIMENTS[name].pairs(found):
-        difference, interval, seeds = gap(a, b)
-        rows.append([f"{b.label} − {a.label}", "" if difference is None else f"{difference:+.3f}",
-                     "" if interval is None else f"± {interval:.3f}", str(seeds)])
+    pairs = EXPERIMENTS[name].pairs
+    rows = [[f"{b.label} − {a.label}", *gap_cells(a, b)] for a, b in (pairs(found) if pairs else [])]
     return markdown(["difference", "nats", "95% interval", "seeds"], rows) if rows else ""
+
+
+def gap_cells(a, b) -> list[str]:
+    difference, interval, seeds = gap(a, b)
+    return ["" if difference is None else f"{difference:+.3f}",
+            "" if interval is None else f"± {interval:.3f}", str(seeds)]
 
 
 def norms(found) -> str:
@@ -77,30 +83,24 @@ def one_lr(found) -> str:
     rows = []
     for method, arms in TRANSFERRED.items():
         grids = [(o.grid, o.lr) for o in found if o.arm in arms and o.lr]
-        lrs = grids[0][0] if grids else ()
         above = {lr: [grid[lr] - grid[best] for grid, best in grids]
-                 for lr in lrs if all(grid.get(lr) is not None for grid, _ in grids)}
-        if above:
-            lr = min(above, key=lambda lr: sum(above[lr]))
-            rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
-                         f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
+                 for lr in grids[0][0] if all(grid.get(lr) is not None for grid, _ in grids)}
+        lr = min(above, key=lambda lr: sum(above[lr]))
+        rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
+                     f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
     return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
                      "largest"], rows)
 
 
 def all_tables(name: str, found) -> str:
-    """The tables of an experiment, one below the other."""
     parts = [table(name, found)]
-    if EXPERIMENTS[name].norms:
-        parts += [norms(found), step_ratios(*found) if name == "fig2" and all(o.logs for o in found) else ""]
+    if name in ("fig2", "fig3"):
+        parts.append(norms(found))
+    if name == "fig2" and all(o.logs for o in found):
+        parts.append(step_ratios(*found))
     if name == "transfer":
         parts.append(one_lr(found))
     return "\n".join(filter(None, [*parts, differences(name, found)]))
-
-
-def best_lr(o) -> str:
-    edge = o.lr in (min(o.grid), max(o.grid)) if len(o.grid) > 1 else False
-    return f"{o.lr:g}" + " (the edge of its grid)" * edge if o.lr else ""
 
 
 def over(loss: float, best: float) -> str:
@@ -114,8 +114,7 @@ def setting(scale: Scale, found) -> str:
 
 
 def prepare(name: str, scale: Scale, dry: bool = False) -> None:
-    """Make every run that an experiment needs and that is missing; dry: only say how many. UserError for one
-    that scores tasks whose files are not there."""
+    """Make every run that an experiment needs and that is missing; dry: only say how many."""
     arms, own = arms_and_scale(name, scale)
     print(f"{name}: {runs.estimate(arms, own)}", flush=True)
     if dry:

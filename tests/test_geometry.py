@@ -130,3 +130,10 @@ def test_the_committed_page_is_what_the_committed_values_say(tmp_path, monkeypat
     geometry.main([])
     for path in (ROOT / "results/geometry").iterdir():
         assert (where / path.name).read_bytes() == path.read_bytes(), path
+
+
+def test_the_committed_values_are_of_each_methods_best_learning_rate(in_a_copy):
+    """So that --measure has nothing to make."""
+    wanted = {Run(arm, geometry.lr_of(arm), seed).name for arm in geometry.ARMS_HERE
+              for seed in range(geometry.SEEDS)}
+    assert wanted == set(logs.read(ROOT / "results/geometry/values.jsonl"))

@@ -154,6 +154,8 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
 def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
     dense, spectron = (runs.flops_per_token(arm, NANO) for arm in ("dense", "spectron"))
     assert runs.steps_of("dense-flops", NANO) == round(200 * spectron / dense) < 130
+    guided = runs.flops_per_token("self-guided", NANO)  # whose guide is there for half of the steps
+    assert spectron < guided < runs.flops_per_token("dense", NANO) + spectron
     with pytest.raises(runs.UserError, match="python -m paper.bench seconds --scale nano"):
         runs.steps_of("dense-time", NANO)
     Path("results/seconds").mkdir(parents=True)
