@@ -57,20 +57,15 @@ def envelope(step: int, steps: int, warmup: int, every: int, rewarm: int, least:
     if step < warmup:
         return step / warmup
     since = step % every
-    if is_restart(step - since, steps, every) and since < rewarm:
+    if step >= every and since < rewarm:
         return since / rewarm * cosine(step - since + rewarm)
     return cosine(step)
-
-
-def is_restart(step: int, steps: int, every: int) -> bool:
-    """Whether there is one at this multiple of `every`. Near the end there is no time left to use it."""
-    return step >= every and steps - step > every // 2
 
 
 def before_step(model: nn.Module, optimizers: list, c, step: int, every: int | None) -> None:
     """Merge and restart in the step after a multiple of `every`; set the learning rate of this step."""
     every = every or max(2, c.steps // 4)
-    if step % every == 1 and is_restart(step - 1, c.steps, every):
+    if step >= every and step % every == 1:
         for index, layer in enumerate(x for x in model.modules() if isinstance(x, ReLoRALinear)):
             with torch.no_grad():
                 layer.W.copy_(layer.dense())
@@ -79,7 +74,7 @@ def before_step(model: nn.Module, optimizers: list, c, step: int, every: int | N
             for p in layer.A, layer.B:
                 state = optimizers[0].state[p]
                 state["exp_avg"].zero_(), state["exp_avg_sq"].zero_()
-    warmup, rewarm = math.ceil(WARMUP * c.steps), min(max(5, every // 50), every // 2)
+    warmup, rewarm = math.ceil(WARMUP * c.steps), max(1, every // 50)
     fraction = envelope(step, c.steps, warmup, every, rewarm)
     for group in optimizers[0].param_groups:  # train.update multiplies by the common schedule
         group["initial_lr"] = c.lr * fraction / schedule(step, c.steps)
