@@ -21,24 +21,22 @@ def check_directory(out: str | None, given: dict) -> None:
         return
     if not path.is_dir():
         raise UserError(f"--out {path} exists and is a file: name a directory")
-    allowed = {"lock", *(f"{name}.part" for name in FILES)}
-    if given.get("resume") == "auto":
-        allowed |= FILES - {"ckpt.old.pt"}
-    found = {file.name for file in path.iterdir()} - allowed
+    found = {file.name for file in path.iterdir()} - {"lock", *(f"{name}.part" for name in FILES)}
     if found and not is_run(path):
         raise UserError(f"--out {path} exists, and is no run of train.py: it has "
                         f"{', '.join(sorted(found)[:3])}. Name another")
-    if found and "overwrite" not in given:
+    remains = given.get("resume") == "auto" and found <= FILES - {"ckpt.old.pt"}
+    if found and not remains and "overwrite" not in given:
         raise UserError(f"--out {path} exists. Go on with that run: --resume; replace it: --overwrite; or "
                         "name another")
 
 
 def is_run(path: Path) -> bool:
-    """Whether the log in this directory is one of ours."""
+    """Whether the log in this directory is one of ours, or still empty."""
     with suppress(OSError, ValueError, RecursionError):
         with open(path / "log.jsonl", encoding="utf-8") as log:
-            header = json.loads(log.readline())
-        return isinstance(header, dict) and {"argv", "config"} <= header.keys()
+            first = log.readline()
+        return not first or {"argv", "config"} <= dict(json.loads(first)).keys()
     return False
 
 

@@ -257,7 +257,7 @@ def test_a_directory_that_is_no_run_is_neither_replaced_nor_offered_to_be(run, f
     other = tmp_path / "other"
     other.mkdir()
     (other / "log.jsonl").write_text("my own log\n")
-    for more in [], ["--overwrite"]:
+    for more in [], ["--overwrite"], ["--resume", "auto"]:
         with pytest.raises(SystemExit):
             run("--steps", 1, *more, out="other")
     assert (other / "log.jsonl").read_text() == "my own log\n"
