@@ -25,12 +25,14 @@ from statistics import median
 from types import SimpleNamespace
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import data
 import train
 from eval import load_run
 from lib.cli import Parser, UserError, command, number
-from lib.methods import flops_per_token, muon
+from lib.methods import block_matrices, flops_per_token, muon
 from lib.ranks import choose_device, native_bf16
 from model import SIZES, Llama, LlamaConfig
 from paper import runs
@@ -135,11 +137,35 @@ def optimizer(size="S", rounds=9):
                              muon(factors, 0.02, trainer.c).step}, rounds))
 
 
+class PlainGPT(nn.Module):
+    """A GPT of torch's own layers, with nano's width and depth and 3.3M parameters."""
+
+    def __init__(self, V=320, D=256, layers=4, heads=4, length=256):
+        super().__init__()
+        self.token, self.position = nn.Embedding(V, D), nn.Embedding(length, D)
+        layer = nn.TransformerEncoderLayer(D, heads, 4 * D, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(D), enable_nested_tensor=False)
+
+    def forward(self, tokens, targets):
+        T = tokens.size(1)
+        x = self.token(tokens) + self.position.weight[:T]
+        x = self.blocks(x, nn.Transformer.generate_square_subsequent_mask(T), is_causal=True)
+        return F.cross_entropy((x @ self.token.weight.T).flatten(0, 1), targets.flatten())
+
+
 def nano(flags="", rounds=25):
-    """Whole steps of `python train.py`, and of dense weights."""
+    """Whole steps of `python train.py`, of dense weights, and of a plain fp32 GPT with AdamW."""
     ours, dense = (Trainer(f"--device cpu --method {method} {flags}") for method in ("spectron", "dense"))
-    steps = {f"training {ours.c.size}": ours.step, "dense weights, Muon": dense.step}
-    yield from rows(in_turn(steps, rounds), ours.c.tokens_per_step, "tokens")
+    gpt = PlainGPT()
+    adamw = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
+
+    def plain():
+        gpt(*ours.batch()).backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+    yield from rows(in_turn({f"training {ours.c.size}": ours.step, "dense weights, Muon": dense.step,
+                             "a plain fp32 GPT, AdamW": plain}, rounds), ours.c.tokens_per_step, "tokens")
 
 
 def sequence(size="S", rounds=5):
@@ -152,6 +178,38 @@ def sequence(size="S", rounds=5):
     yield from rows(seconds)
     yield row(f"both optimizers of {size}", f"{update:.3g} s", f"a step of 2^20 tokens: {step:,.0f} s",
               f"{update / step:.3%}")
+
+
+def init(size="S"):
+    """The initial weights of a size, beside LAPACK's SVD of every matrix that the factors stand for."""
+    with torch.device("meta"):
+        shapes = [layer.product().shape for layer in block_matrices(Llama(SIZES[size])).values()]
+
+    def svds():
+        for shape in shapes:
+            torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    yield from rows(in_turn({f"initial weights of {size}": lambda: Llama(SIZES[size]),
+                             "LAPACK's SVD of each matrix": svds}, 1))
+
+
+def start(flags="", rounds=3):
+    """From `python train.py` to its first step, with the corpus there."""
+    def first_step():
+        with tempfile.TemporaryDirectory() as out:
+            run = [sys.executable, "-u", "train.py", *shlex.split(flags), "--out", f"{out}/run"]
+            with subprocess.Popen(run, stdout=subprocess.PIPE, encoding="utf-8") as process:
+                if not any(line.startswith("step ") for line in process.stdout):
+                    raise UserError("train.py ended before its first step")
+                process.kill()
+    yield from rows(in_turn({"`python train.py` to its first step": first_step, "`import torch`":
+                             lambda: subprocess.run([sys.executable, "-c", "import torch"])}, rounds))
+
+
+def batches(flags="", rounds=25):
+    """Reading the batch of a step, beside the step."""
+    trainer = Trainer(f"--device cpu {flags}")
+    yield from rows(in_turn({f"reading a batch of {trainer.c.tokens_per_step:,} tokens": trainer.batch,
+                             f"a step of {trainer.c.size}": trainer.step}, rounds))
 
 
 def memory(size="S"):
@@ -271,7 +329,7 @@ def seconds(size: str, rounds=9):
     yield f"{path}: " + ", ".join(f"{name} {x:g}" for name, x in found.items())
 
 
-CPU = {part.__name__: part for part in (optimizer, nano, sequence, memory)}
+CPU = {part.__name__: part for part in (optimizer, nano, sequence, init, start, batches, memory)}
 
 
 @command
@@ -302,7 +360,7 @@ def main(argv=None):
     for name, flag, given in ("tokenize", "--text FILE", args.text), ("decoding", "--run out/run", args.run):
         if name in names and not given:
             raise UserError(f"{name} needs something to measure: python -m paper.bench {name} {flag}")
-    if "nano" in names and not Path(train.NANO["data"]).is_dir():
+    if {"nano", "start", "batches"} & set(names) and not Path(train.NANO["data"]).is_dir():
         prepare.build_stdlib(train.NANO["data"])
     own_head = [] if names[0] in ("gpu", "predict", "seconds") else [head("what", "here", "against", "ratio")]
     lines = []

@@ -56,15 +56,33 @@ def test_a_step_of_the_bench_is_a_step_of_train_py(run, flags):
         assert torch.equal(p, trainer.model.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("part", ["optimizer", "sequence", "memory"])
+def test_the_plain_gpt_has_the_parameters_that_the_bench_says():
+    assert sum(p.numel() for p in bench.PlainGPT().parameters()) == pytest.approx(3.3e6, rel=0.02)
+
+
+def test_the_plain_gpt_is_causal():
+    gpt, tokens, out = bench.PlainGPT(), torch.randint(320, (1, 16)), []
+    other = tokens.clone()
+    other[0, 8:] = 0
+    gpt.blocks.register_forward_hook(lambda module, inputs, output: out.append(output))
+    for text in tokens, other:
+        gpt(text, text)
+    assert torch.allclose(out[0][:, :8], out[1][:, :8], atol=1e-5)
+    assert not torch.allclose(out[0][:, 8:], out[1][:, 8:], atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "sequence", "init", "memory"])
 def test_a_part_that_needs_no_corpus_makes_its_rows(once, part):
     rows = [*bench.CPU[part](SMALL)]
     assert rows and all(len(cells(row)) == 4 and SMALL in row for row in rows)
 
 
-def test_whole_steps_are_timed_beside_those_of_dense_weights(once, flags):
-    row, = map(cells, bench.nano(flags))
-    assert len(row) == 4 and "training nano-0.6M" in row[0] and "dense" in row[2]
+@pytest.mark.parametrize("part, against", [("nano", ["dense", "GPT"]), ("batches", ["a step"]),
+                                           ("start", ["import torch"])])
+def test_a_part_that_reads_the_corpus_makes_its_rows(once, flags, part, against):
+    rows = [cells(row) for row in bench.CPU[part](flags)]
+    assert [len(row) for row in rows] == [4] * len(against)
+    assert all(word in row[2] for word, row in zip(against, rows))
 
 
 def test_seconds_are_those_of_every_way_to_train_that_a_table_compares(monkeypatch, tmp_path):

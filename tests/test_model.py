@@ -241,7 +241,7 @@ def test_the_lines_of_the_readme_train_a_sequential():
     readme = (ROOT / "README.md").read_text()
     start = readme.index("    import torch\n    from torch import nn")
     names = {}
-    exec(textwrap.dedent(readme[start:readme.index("\n\nA method", start)]), names)
+    exec(textwrap.dedent(readme[start:readme.index("\n\nOutput layers", start)]), names)
     assert all(isinstance(names["model"][i], FactorizedLinear) for i in (0, 2)) and len(names["pairs"]) == 2
     assert names["loss"] < 0.6  # from about 1, the variance of x
 
