@@ -64,7 +64,7 @@ def main(argv=None):
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs at the best learning rate (3)")
+    parser.add_argument("--seeds", type=positive, help="runs at the best learning rate (3; neighbours 5)")
     parser.add_argument("--lrs", type=positive, help="learning rates of each arm (6 at nano, 3 above)")
     parser.add_argument("--data", help="token shards (those of train.py)")
     parser.add_argument("--steps", type=positive,
@@ -84,7 +84,8 @@ def main(argv=None):
         return scaling.main([args.name])
     if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
         return equilibrated.everywhere()
-    scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, args.seeds)
+    seeds = args.seeds or (5 if args.name == "neighbours" else 3)
+    scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, seeds)
     wanted = [name for name in EXPERIMENTS if args.name in (name, "all")]
     if scale.nano and "fig7" in wanted:
         print("fig7, and table1's task columns, are not run at nano, where every model is at chance; they "
