@@ -93,18 +93,19 @@ def cost(c: LlamaConfig) -> dict:
     return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops}
 
 
-def plan(scale: str, kind: str, rate: float) -> str:
-    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second."""
+def plan(scale: str, kind: str, rate: float, count: str = "total", flops: str = "executed") -> str:
+    """The runs of each budget as a table, their FLOPs, and their hours on a machine of so many a second.
+    count: N with (total) or without (blocks) embedding and head; flops: executed, or the paper's 6nd."""
     nano = scale == "nano"
     batch, rows, spent = LADDER.tokens_per_step if nano else 2**20, [], 0.0
     for budget in BUDGETS if nano else PAPER_BUDGETS:
         for size in sizes(kind, budget) if nano else papers_sizes(budget):
             c = cost(config_of(size, kind))
-            steps = max(1, round(budget / c["flops"] / batch))
+            steps = max(1, round(budget / (c["flops"] if flops == "executed" else 6 * c[count]) / batch))
             spent += steps * batch * c["flops"]
-            rows.append([f"{budget:.3g}", size, f"{c['total'] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
-                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c['total']:.3g}"])
-    head = ["budget", "size", "N", "tokens", "steps", "tokens a step", "tokens per parameter"]
+            rows.append([f"{budget:.3g}", size, f"{c[count] / 1e6:,.3g}M", f"{steps * batch / 1e6:,.4g}M",
+                         f"{steps:,}", f"{batch:,}", f"{steps * batch / c[count]:.3g}"])
+    head = ["budget", "size", f"N ({count})", "tokens", "steps", "tokens a step", "tokens per parameter"]
     return (markdown(head, rows) + f"\n{KINDS[kind].label}: {len(rows)} runs, {spent:.2e} executed FLOPs, "
             f"{spent / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second.\n")
 

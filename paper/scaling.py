@@ -167,19 +167,20 @@ def precision_figure(spreads: dict):
     return fig
 
 
-def write_isoflop() -> None:
-    rows, points, budgets = collected()
+def write_isoflop(count: str = "total", flops: str = "executed") -> None:
+    rows, points, budgets = collected(count, flops)
     where = RESULTS / "isoflop"
     gap, (low, high) = gaps(points["spectron"], points["dense"], budgets["spectron"],
                             [noise(rows[kind]) for kind in KINDS])
+    table = (f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N {count}, FLOPs {flops}. "
+             f"`python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets, gap, low, high)}\n")
+    if (count, flops) != ("total", "executed"):
+        return print(table)
     every = [row for kind in KINDS for row in rows[kind]]
     lines = [",".join(map(str, line)) + "\n" for line in (every[0], *(row.values() for row in every))]
     write(where / "runs.csv", "".join(lines))
-    write(where / "table.md", f"# IsoFLOP profiles, low-rank and dense\n\n{SETTING}. N total, FLOPs "
-          "executed. `python -m paper.scaling isoflop`\n\n"
-          f"{isoflop_table(rows, points, budgets, gap, low, high)}\n"
-          f"## The exponent a, counted otherwise\n\n{conventions()}\n[Every run](runs.csv)\n\n"
-          "![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
+    write(where / "table.md", f"{table}## The exponent a, counted otherwise\n\n{conventions()}\n"
+          "[Every run](runs.csv)\n\n![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     save(figure9(points, budgets), where / "figure9.png", "Loss over size at four budgets", SETTING)
     save(figure8(points, budgets), where / "figure8.png", "Optimal size and tokens over compute", SETTING)
     save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png",
@@ -198,16 +199,19 @@ def conventions() -> str:
                                    for by in ("parabolas", "law"))], table)
 
 
-def write_parametric() -> None:
-    _, points, budgets = collected()
+def write_parametric(count: str = "total", flops: str = "executed") -> None:
+    _, points, budgets = collected(count, flops)
+    table = (f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
+             "`python -m paper.scaling parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
+             f"{laws_table(points, budgets)}\n")
+    if (count, flops) != ("total", "executed"):
+        return print(table)
     where, design = RESULTS / "parametric", papers_design()
     spreads = {sigma: simulate(design, PAPER_BUDGETS, sigma) for sigma in (0.005, 0.01, 0.02)}
     precision = markdown(["noise of a run (nats)", "a by parabolas", "a by the parametric law"], [
         [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
         for sigma, found in spreads.items()])
-    write(where / "table.md", f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N total. "
-          "`python -m paper.scaling parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
-          f"{laws_table(points, budgets)}\n![residuals](residuals.png)\n\n"
+    write(where / "table.md", f"{table}![residuals](residuals.png)\n\n"
           f"## What the paper's design can tell\n\n400 studies of {len(design)} runs of the paper's sizes "
           f"and budgets, with its own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
           f"{precision}\n![precision](precision.png)\n")
@@ -240,13 +244,19 @@ def main(argv=None):
     parser.add_argument("name", choices=[*PARTS, "plan"], metavar="NAME", help="isoflop, parametric or plan")
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="of plan: nano, or any other for the paper's own runs (nano)")
+    parser.add_argument("--count", choices=("total", "blocks"), default="total",
+                        help="N with or without embedding and head (total)")
+    parser.add_argument("--flops", choices=("executed", "6nd"), default="executed",
+                        help="C as executed, or the paper's 6 N D (executed)")
     parser.add_argument("--rate", type=number(), help="of plan: FLOPs a second of the machine")
     args = parser.parse_args(argv)
     if args.name == "plan":
         rate = args.rate or (2e10 if args.scale == "nano" else 3.2e15)  # two CPU cores; 8 H100s at 40%
-        return print("\n".join(isoflop.plan(args.scale, kind, rate) for kind in KINDS))
+        for kind in KINDS:
+            print(isoflop.plan(args.scale, kind, rate, args.count, args.flops))
+        return
     isoflop.make()
-    PARTS[args.name]()
+    PARTS[args.name](args.count, args.flops)
 
 
 if __name__ == "__main__":

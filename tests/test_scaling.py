@@ -175,3 +175,21 @@ def test_committed_laws_are_what_the_committed_logs_say(in_a_copy):
             assert number.sub("#", made) == number.sub("#", committed), f"python -m paper.scaling {name}"
             values = [[float(x.replace(",", "")) for x in number.findall(text)] for text in (made, committed)]
             assert values[0] == pytest.approx(values[1], rel=0.02, abs=2e-3), path
+
+
+def test_runs_are_counted_and_planned_in_the_papers_way_too(monkeypatch, capsys, tmp_path):
+    """6 N D at a budget gives the tokens of N; without embedding and head N is smaller, D larger."""
+    monkeypatch.chdir(tmp_path)
+    tokens = {}
+    for count in "total", "blocks":
+        line = next(x for x in isoflop.plan("S", "dense", 1e15, count, "6nd").splitlines() if "| 134M" in x)
+        _, _, N, D, *_ = [cell.strip(" M").replace(",", "") for cell in line.split("|")[1:-1]]
+        assert 6 * float(N) * float(D) * 1e12 == pytest.approx(2.2e18, rel=0.01)
+        tokens[count] = float(D)
+    assert tokens["blocks"] > 1.5 * tokens["total"]
+
+
+def test_another_count_is_printed_and_written_nowhere(in_a_copy, capsys):
+    scaling.main(["parametric", "--count", "blocks", "--flops", "6nd"])
+    assert "N blocks" in capsys.readouterr().out
+    assert not os.path.exists("results/parametric")
