@@ -49,15 +49,21 @@ class ReLoRALinear(FactorizedLinear):
         return self.dense(), torch.eye(self.in_features).to(self.A)
 
 
+def is_restart(step: int, steps: int, every: int) -> bool:
+    """Whether a multiple of `every` is a restart. The first draw is none, and neither is one with less than
+    half of `every` left: the run would end before the new factors had learnt anything."""
+    return step >= every and steps - step > every // 2
+
+
 def envelope(step: int, steps: int, warmup: int, every: int, rewarm: int, least: float = 0.1) -> float:
     """The fraction of lr at a step (from 0), as the authors have it: a linear warm-up, then a cosine towards
-    `least`; after each multiple of `every` it climbs from 0 to where the cosine is `rewarm` steps later."""
+    `least`; after each restart it climbs from 0 to where the cosine is `rewarm` steps later."""
     def cosine(t):
         return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (steps - warmup)))
     if step < warmup:
         return step / warmup
     since = step % every
-    if step >= every and since < rewarm:
+    if is_restart(step - since, steps, every) and since < rewarm:
         return since / rewarm * cosine(step - since + rewarm)
     return cosine(step)
 
@@ -65,7 +71,7 @@ def envelope(step: int, steps: int, warmup: int, every: int, rewarm: int, least:
 def before_step(model: nn.Module, optimizers: list, c, step: int, every: int | None) -> None:
     """Merge and restart in the step after a multiple of `every`; set the learning rate of this step."""
     every = every or max(2, c.steps // 4)
-    if step >= every and step % every == 1:
+    if step % every == 1 and is_restart(step - 1, c.steps, every):
         for index, layer in enumerate(x for x in model.modules() if isinstance(x, ReLoRALinear)):
             with torch.no_grad():
                 layer.W.copy_(layer.dense())
@@ -74,7 +80,7 @@ def before_step(model: nn.Module, optimizers: list, c, step: int, every: int | N
             for p in layer.A, layer.B:
                 state = optimizers[0].state[p]
                 state["exp_avg"].zero_(), state["exp_avg_sq"].zero_()
-    warmup, rewarm = math.ceil(WARMUP * c.steps), max(1, every // 50)
+    warmup, rewarm = math.ceil(WARMUP * c.steps), min(max(5, every // 50), every // 2)
     fraction = envelope(step, c.steps, warmup, every, rewarm)
     for group in optimizers[0].param_groups:  # train.update multiplies by the common schedule
         group["initial_lr"] = c.lr * fraction / schedule(step, c.steps)

@@ -260,6 +260,15 @@ def test_reloras_schedule_is_the_authors():
         assert envelope(step, 20000, 500, 5000, 100) == pytest.approx(expected, abs=2e-6)
 
 
+def test_relora_warms_up_over_five_steps_and_does_not_restart_at_the_end(run):
+    out = run("--method", "relora", "--method_args", "every=15", "--steps", 46, "--spectra_every", 1)
+    lr = [row["lr"] for row in plot.read_log(out)[1]]
+    assert [step for step, x in enumerate(lr) if x == 0] == [0, 15, 30]  # 45 would leave one step
+    for start in 15, 30:
+        climb = lr[start:start + 7]
+        assert climb[:6] == sorted(climb[:6]) and climb[6] < climb[5]
+
+
 def test_a_merge_leaves_the_output_and_empties_a_and_the_moments():
     layer, x = ReLoRALinear(24, 40, 6, 32.0).double(), torch.randn(5, 24, dtype=torch.float64)
     assert layer.W.std() > 0.1 and not layer.A.any()
