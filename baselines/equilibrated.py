@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, Tuned
 from spectron import Spectron, newton_schulz
-from train import spectron_optimizers
+from train import is_bounded, spectron_optimizers
 
 
 def equilibrate(M: Tensor, times: int, ns_steps: int) -> Tensor:
@@ -46,5 +46,8 @@ def method(times: int = 1) -> Method:
         raise ValueError(f"times={times}, expected times=1 or times=2")
 
     optimizers = partial(spectron_optimizers, spectron=partial(EquilibratedSpectron, times=times))
-    return Method(optimizers, 0.05, 0.2,
-                  LOW_RANK_FLAGS + MUON_FLAGS + ("renormalize", "power_steps", "shape_scale", "muon_lr"))
+    on_factors = Tuned("equilibrated Muon on the factors", dict(renormalize=False), table="neighbours",
+                       nano_lr=0.05)
+    flags = "renormalize", "power_steps", "shape_scale", "muon_lr"
+    return Method(optimizers=optimizers, lr=0.05, nano_lr=0.2, tuned=(on_factors,), bounded=is_bounded,
+                  flags=LOW_RANK_FLAGS + MUON_FLAGS + flags)
