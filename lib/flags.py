@@ -1,4 +1,4 @@
-"""The command line of train.py: reading its flags, and refusing those that make no sense."""
+"""The command line of train.py: reading its flags, showing them, and refusing those that make no sense."""
 
 import argparse
 import json

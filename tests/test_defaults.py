@@ -22,6 +22,12 @@ def defaults(*flags):
     return train.resolve(train.parse([*flags, "--device", "cpu"]))
 
 
+@pytest.fixture(autouse=True)
+def committed_logs(monkeypatch):
+    """They are read once for all of these tests, where they are."""
+    monkeypatch.chdir(ROOT)
+
+
 def own_flags(name: str) -> list[str]:
     """Those of an arm, without its --adam_lr."""
     words = ARMS[name].flags.split()
@@ -32,12 +38,12 @@ def own_flags(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_lr_is_the_best_of_the_logs(name, in_a_copy):
+def test_lr_is_the_best_of_the_logs(name):
     assert defaults(*own_flags(name)).lr == experiments.outcome(name, NANO).lr
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, *_ in ADAM_LRS))
-def test_adam_lr_is_the_best_of_the_logs_up_to_a_tie(name, in_a_copy):
+def test_adam_lr_is_the_best_of_the_logs_up_to_a_tie(name):
     losses = {adam_lr: experiments.outcome(arm, NANO).grid.get(lr)
               for base, lr, adam_lr, arm in ADAM_LRS if base == name}
     assert len(losses) >= 5 and None not in losses.values()
@@ -110,7 +116,7 @@ def test_a_run_that_goes_on_keeps_what_it_had(run):
     assert (c.lr, c.adam_lr) == (0.2, 0.003)
 
 
-def test_no_command_of_an_arm_has_changed_its_meaning(in_a_copy):
+def test_no_command_of_an_arm_has_changed_its_meaning():
     """What an arm's command gives is what its logs were made with."""
     checked = 0
     for name, arm in ARMS.items():
