@@ -72,7 +72,7 @@ TUNED = (  # flags whose best learning rate at nano is another: that is then the
     Tuned("SGD on the factors", dict(orthogonalize=False, renormalize=False), table="table2", nano_lr=1.0),
     Tuned("Muon on the factors", dict(renormalize=False), table="table2", nano_lr=0.05, nano_adam_lr=0.01),
     Tuned("a rank ratio of 0.4", dict(rank_ratio=0.4), table="table3", nano_lr=0.1),
-    Tuned("dense attention", dict(factorize="ffn"), table="fig13", nano_lr=0.1),
+    Tuned("Spectron with dense attention", dict(factorize="ffn"), table="fig13", nano_lr=0.1),
 )
 METHODS = {  # lr at the paper's sizes is from public launches and untested here; nano_lr is the best at nano
     "spectron": Method(optimizers=spectron_optimizers, lr=0.05, nano_lr=0.2, tuned=TUNED, bounded=is_bounded,

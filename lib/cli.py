@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
             same = self.synonyms.get(flag.lstrip("-").replace("-", "_")) if flag.startswith("--") else None
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
             self.error(f"unknown flag or argument {flag}"
-                       + (f"; here that is {same}" if same else f"; did you mean {near[0]}?" if near else ""))
+                       + (f"; here it is {same}" if same else f"; did you mean {near[0]}?" if near else ""))
         return args, unknown
 
     def error(self, message):

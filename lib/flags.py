@@ -17,7 +17,7 @@ METAVARS = {"size": "SIZE", "method": "NAME", "method_args": "KEY=VALUE", "data"
             "spectra_of": "NAME"}  # others are X, or their choices
 MOVED = {"--equilibrate": "it is a method now: --method equilibrated, or --method equilibrated --method_args "
                           "times=2 in place of --equilibrate 2"}
-# What other programs call it, and what it is here
+# What other programs call a flag, and what it is here
 SYNONYMS = {word: answer for words, answer in {
     "learning_rate peak_lr max_lr base_lr": "--lr",
     "embedding_lr embed_lr head_lr": "--adam_lr",
@@ -34,8 +34,8 @@ SYNONYMS = {word: answer for words, answer in {
     "context context_length block_size sequence_length max_seq_len": "--seq_len",
     "dataset data_dir data_path": "--data", "output output_dir out_dir save_dir": "--out",
     "eval_interval": "--eval_every", "save_interval ckpt_every": "--save_every",
-    "warmup warmup_steps scheduler": "none: 5% of the steps warm up, then lr falls as a cosine",
-    "grad_clip clip max_grad_norm": "none: gradients are clipped to a norm of 1",
+    "warmup warmup_steps scheduler": "fixed: 5% of the steps, and then a cosine towards zero",
+    "grad_clip clip max_grad_norm": "fixed: a norm of 1",
 }.items() for word in words.split()}
 
 

@@ -17,8 +17,8 @@ from model import ALIASES, NANO_SIZES, SIZES, FactorizedLinear, Llama, LlamaConf
 LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
 SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
 ADAM_LR = 3e-3  # of embedding, head and norms at the paper's sizes
-ALSO_KNOWN = {"muon": "Muon on dense weights is --method dense, and Muon on the factors --no-renormalize",
-              "sgd": "SGD on the factors is --no-orthogonalize --no-renormalize"}
+ALSO_KNOWN = {"muon": "Muon on dense weights is --method dense, and Muon on the factors --no-renormalize. ",
+              "sgd": "SGD on the factors is --no-orthogonalize --no-renormalize. "}
 
 
 def flops_per_token(model: Llama) -> int:
@@ -116,10 +116,10 @@ def baseline(name: str, args: dict, core=()) -> Method:
             raise UserError(f"--method {name}: {error}, for its function method()") from None
         there = sorted(path.stem.replace("_", "-") for path in folder.glob("*.py"))
         near = difflib.get_close_matches(name, [*core, *there], 1, 0.5)
-        meant = ALSO_KNOWN.get(name) or (f"Did you mean --method {near[0]}?" if near else "")
-        raise UserError(f"--method {name}: no such method. {meant}{'. ' if name in ALSO_KNOWN else ' '}"
-                        f"There are {', '.join(core)}, and in baselines/ {', '.join(there)}. For one of your "
-                        f"own make baselines/{module}.py with a function method()") from None
+        meant = ALSO_KNOWN.get(name) or (f"Did you mean --method {near[0]}? " if near else "")
+        raise UserError(f"--method {name}: no such method. {meant}There are {', '.join(core)}, and in "
+                        f"baselines/ {', '.join(there)}. For one of your own make baselines/{module}.py "
+                        "with a function method()") from None
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--method {name}: {error}. It has to be a method of train.py --help, or the file "
                         f"baselines/{module}.py with a function method(), whose arguments are "

@@ -82,8 +82,9 @@ def test_a_run_says_which_default_it_took_and_why(capsys):
     assert ("lr 0.1: the best at nano for a rank ratio of 0.4 (results/table3); --lr overrides"
             in said(capsys, "--rank_ratio", "0.4"))
     assert "adam_lr 0.01: the best" in said(capsys, "--no-renormalize", "--lr", "0.2")
-    assert ("lr 0.0125 and adam_lr 0.01: untested at this size, in the ratio that was the best at nano for "
-            "Muon on the factors" in said(capsys, "--no-renormalize", "--size", "S"))
+    assert ("lr 0.0125 and adam_lr 0.01: 0.25 and 3.33 times that of spectron, untested at this size; such a "
+            "ratio was the best at nano for Muon on the factors (results/table2); --lr and --adam_lr override"
+            ) in said(capsys, "--no-renormalize", "--size", "S")
     for flags in ([], ["--no-orthogonalize"], ["--rank_ratio", "0.4", "--lr", "0.2"], ["--method", "adamw"]):
         assert "at nano for" not in said(capsys, *flags)
 

@@ -49,10 +49,13 @@ def tuned_rates(c, method: Method) -> list[str]:
     taken = [name for name, rate in rates.items() if getattr(c, name) == rate != own[name]]
     if not taken:
         return []
-    best = "the best" if c.size in NANO_SIZES else "untested at this size, in the ratio that was the best"
-    return [f"{' and '.join(f'{name} {rates[name]:g}' for name in taken)}: {best} at nano for {tuned.name} "
-            f"(results/{tuned.table}); {' and '.join(f'--{name}' for name in taken)} "
-            f"override{'s' * (len(taken) == 1)}"]
+    values = " and ".join(f"{name} {rates[name]:g}" for name in taken)
+    why = f"the best at nano for {tuned.name} (results/{tuned.table})"
+    if c.size not in NANO_SIZES:
+        ratios = " and ".join(f"{rates[name] / own[name]:.3g}" for name in taken)
+        why = f"{ratios} times that of {c.method}, untested at this size; such a ratio was {why}"
+    verb = "override" if len(taken) > 1 else "overrides"
+    return [f"{values}: {why}; {' and '.join(f'--{name}' for name in taken)} {verb}"]
 
 
 def epochs(c, tokens: int) -> str:
