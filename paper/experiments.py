@@ -95,8 +95,8 @@ def outcome(name: str, scale: Scale) -> Outcome:
 
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
-    """(b's loss minus a's in nats, half of its 95% interval, seeds), from the differences seed by seed: a seed
-    has the same data in both. None where one diverged, and for the interval of one seed."""
+    """(b's loss minus a's in nats, half of its 95% interval, seeds), from the differences seed by seed, as a
+    seed has the same data in both. None where one diverged, and for the interval of one seed."""
     pairs = [b.by_seed[seed] - a.by_seed[seed] for seed in a.by_seed
              if None not in (a.by_seed[seed], b.by_seed.get(seed))]
     if len(pairs) < 2:
