@@ -7,6 +7,7 @@ import torch
 from lib.cli import UserError
 from lib.methods import block_matrices
 from model import FactorizedLinear
+from spectron import power_iteration
 
 
 def check_name(model, name: str) -> None:
@@ -38,6 +39,7 @@ class Spectra:
 
     def __init__(self, model, name: str, optimizers, probe: torch.Tensor):
         self.model, self.name, self.optimizers, self.probe = model, name, optimizers, probe
+        self.vectors = {}  # of the power iterations behind `divisors`
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of two matrices of which W is the product, in float64."""
@@ -62,7 +64,8 @@ class Spectra:
 
     def after(self) -> dict:
         """lr, that of the matrix; dW and W; dy, the RMS of dW x (Eq. 9); gauge, dW over lr. sigma and rho are
-        those that the optimizer used; where it has none, the exact sigma of before, and no rho."""
+        those that the optimizer used; where it has none, the exact sigma of before, and no rho. divisor is of
+        all matrices."""
         (A0, B0), (A, B) = self.old, self.factors()
         dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
         dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
@@ -76,7 +79,30 @@ class Spectra:
             rho = state[weights[0]].get("rho")
         norms = {"lr": lr, "dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(),
                  "sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
-        return {key: finite(value) for key, value in norms.items()}
+        return {key: finite(value) for key, value in norms.items()} | {"divisor": self.divisors()}
+
+    @torch.no_grad()
+    def divisors(self) -> list[float] | None:
+        """The smallest, the median and the largest ||A|| + ||B|| + 1 of all pairs of factors, which is what
+        Spectron divides by; from below, by power iterations that start where the last ones ended. None where
+        a model has no factors, or they are not finite."""
+        sums, alike = [], {}
+        for pair in self.model.factor_pairs():
+            alike.setdefault(tuple(p.shape for p in pair), []).append(pair)
+        for shapes, pairs in alike.items():
+            total = 1
+            for side, factors in enumerate(zip(*pairs)):
+                W, key = torch.stack(factors).float(), (shapes, side, len(pairs))
+                u, steps = self.vectors.get(key), 5
+                if u is None:  # a fixed draw, and more steps, the first time
+                    u = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0)).to(W.device)
+                    steps = 30
+                sigma, self.vectors[key] = power_iteration(W, u, steps)
+                total = total + sigma
+            sums.append(total)
+        if not sums or not (every := torch.cat(sums)).isfinite().all():
+            return None
+        return [float(f"{x:.6g}") for x in (every.min(), every.median(), every.max())]
 
     def owner(self, weight) -> tuple[dict, float]:
         """(state, lr) of the optimizer that has this parameter."""
