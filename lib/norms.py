@@ -30,6 +30,26 @@ def finite(x) -> float | None:
     return float(x) if x is not None and math.isfinite(x) else None
 
 
+@torch.no_grad()
+def divisors(model) -> list[float] | None:
+    """The smallest, the median and the largest ||A|| + ||B|| + 1 of all pairs of factors, which is what
+    Spectron divides by; by 30 power iterations, so from below, by a percent at most where it was tried. None
+    where a model has no factors, or they are not finite."""
+    sums, alike = [], {}
+    for pair in model.factor_pairs():
+        alike.setdefault(tuple(p.shape for p in pair), []).append(pair)
+    for pairs in alike.values():
+        total = 1
+        for factors in zip(*pairs):
+            W = torch.stack(factors)
+            u = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0), device="cpu").to(W)
+            total = total + power_iteration(W, u, steps=30)[0]
+        sums.append(total)
+    if not sums or not (every := torch.cat(sums)).isfinite().all():
+        return None
+    return [float(f"{x:.6g}") for x in (every.min(), every.median(), every.max())]
+
+
 class Spectra:
     """The norms of one matrix over one step, for any method: what the paper's Figures 2 and 3 draw.
 
@@ -39,7 +59,6 @@ class Spectra:
 
     def __init__(self, model, name: str, optimizers, probe: torch.Tensor):
         self.model, self.name, self.optimizers, self.probe = model, name, optimizers, probe
-        self.vectors = {}  # of the power iterations behind `divisors`
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of two matrices of which W is the product, in float64."""
@@ -79,30 +98,7 @@ class Spectra:
             rho = state[weights[0]].get("rho")
         norms = {"lr": lr, "dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(),
                  "sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
-        return {key: finite(value) for key, value in norms.items()} | {"divisor": self.divisors()}
-
-    @torch.no_grad()
-    def divisors(self) -> list[float] | None:
-        """The smallest, the median and the largest ||A|| + ||B|| + 1 of all pairs of factors, which is what
-        Spectron divides by; from below, by power iterations that start where the last ones ended. None where
-        a model has no factors, or they are not finite."""
-        sums, alike = [], {}
-        for pair in self.model.factor_pairs():
-            alike.setdefault(tuple(p.shape for p in pair), []).append(pair)
-        for shapes, pairs in alike.items():
-            total = 1
-            for side, factors in enumerate(zip(*pairs)):
-                W, key = torch.stack(factors).float(), (shapes, side, len(pairs))
-                u, steps = self.vectors.get(key), 5
-                if u is None:  # a fixed draw, and more steps, the first time
-                    u = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0)).to(W.device)
-                    steps = 30
-                sigma, self.vectors[key] = power_iteration(W, u, steps)
-                total = total + sigma
-            sums.append(total)
-        if not sums or not (every := torch.cat(sums)).isfinite().all():
-            return None
-        return [float(f"{x:.6g}") for x in (every.min(), every.median(), every.max())]
+        return {key: finite(value) for key, value in norms.items()} | {"divisor": divisors(self.model)}
 
     def owner(self, weight) -> tuple[dict, float]:
         """(state, lr) of the optimizer that has this parameter."""
