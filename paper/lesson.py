@@ -5,7 +5,8 @@
     python -m paper.lesson bound    chapter 6: pairs made so that ||dW|| is as large as it can be
 
 Everything comes from committed logs and from small computations with fixed seeds. docs/lesson/sigma.json is
-the log of one run: python -m paper.lesson sigma --steps 100 --json docs/lesson/sigma.json
+the log of one run: python -m paper.lesson sigma --steps 100 --json docs/lesson/sigma.json. sign.json has the
+losses of the lesson's own method.
 """
 
 import math
@@ -440,6 +441,7 @@ def sentences() -> list[str]:
     difference, half, seeds = muon_against_spectron(RUNS, 5, {"spectron": 0.2, "orthogonalize": 0.05})
     imdb, imdb_half, imdb_seeds = muon_against_spectron(
         RUNS.with_name("nano-imdb-bytes.jsonl"), 3, IMDB_LRS)
+    signs = read_json(PICTURES / "sign.json")
     spectron, muon, adamw = (best_lrs(name) for name in GRIDS)
     return [
         f"saves {percent(cost['parameters'])} of the parameters, {percent(cost['flops'])} of the FLOPs and "
@@ -468,6 +470,9 @@ def sentences() -> list[str]:
         f"rho falls to {split[16][0] / split[1][0]:.0%}",
         f"{-difference:.3f} ± {half:.3f} lower (95% interval, {seeds} seeds)",
         f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
+        *(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in signs[key].values())
+          for name, key in (("sign", "sign"), ("Spectron |", "spectron"))),
+        f"ends {min(signs['sign'].values()) - min(signs['spectron'].values()):.2f} above Spectron",
         f"{min(divisors(0)):.1f} to {max(divisors(0)):.1f} at the start and {min(divisors()):.1f} to "
         f"{max(divisors()):.1f} at the end",
         f"five times its best, 1, Spectron ends at {log('spectron-lr1-seed0').final_loss:.2f}",
