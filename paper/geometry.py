@@ -1,12 +1,12 @@
-"""What each method found beside its perplexity: sixteen metrics of its checkpoints.
+"""What each method found beside its perplexity: eighteen metrics of its checkpoints.
 
     python -m paper.geometry              tables and figures in results/geometry, from the values there
     python -m paper.geometry --measure    train and measure first what is missing: hours
 
-Our reconstruction of the metrics of "Beyond Perplexity" (arXiv 2605.13652), whose abstract names four
-dimensions and not their members. W is multiplied out, so that one direction or one path means the same for
-every method; CoLA, whose layers are not linear, has activations only. The runs are those of the comparison,
-at each method's best learning rate, with numbered checkpoints.
+Our reconstruction of the sixteen metrics of "Beyond Perplexity" (arXiv 2605.13652); README_METRIC.md of
+github.com/NamrataRShivagunde/low-rank-geometry has its authors' own scripts. W is multiplied out: a direction
+or a path means the same for every method. CoLA, whose layers are not linear, has activations only. The runs
+are those of the comparison, at each method's best learning rate, with numbered checkpoints.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ from paper.runs import OUT, RESULTS, Run
 WHERE = RESULTS / "geometry"
 ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
              "sltrain", "relora", "sct", "tsvd", "cola")
-FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most of the rivals
+FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most other methods have
 STEPS, KEPT, SEEDS = 200, 50, 3
 SCALE = replace(runs.scale_of("nano", steps=STEPS), name="geometry", flags=("--keep_every", str(KEPT)))
 DIRECTIONS, TOP = 10, 10
@@ -287,7 +287,7 @@ def report() -> None:
     found = {arm: [] for arm in ARMS_HERE}  # arm -> a list of seeds, each a list of checkpoints
     for seed in logs.read(WHERE / "values.jsonl").values():
         found[seed[0]["arm"]].append(seed)
-    parts = ["# Sixteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
+    parts = ["# Eighteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
              f"after {STEPS} steps, mean ± standard deviation over the seeds. `python -m paper.geometry`\n"]
     for name, keys in DIMENSIONS.items():
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
