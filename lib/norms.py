@@ -7,6 +7,7 @@ import torch
 from lib.cli import UserError
 from lib.methods import block_matrices
 from model import FactorizedLinear
+from spectron import power_iteration
 
 
 def check_name(model, name: str) -> None:
@@ -27,6 +28,26 @@ def product_norm(A, B) -> torch.Tensor:
 def finite(x) -> float | None:
     """JSON has no NaN and no infinity."""
     return float(x) if x is not None and math.isfinite(x) else None
+
+
+@torch.no_grad()
+def divisors(model) -> list[float] | None:
+    """The smallest, the median and the largest ||A|| + ||B|| + 1 of all pairs of factors, which is what
+    Spectron divides by; by 30 power iterations, so from below, by a percent at most where it was tried. None
+    where a model has no factors, or they are not finite."""
+    sums, alike = [], {}
+    for pair in model.factor_pairs():
+        alike.setdefault(tuple(p.shape for p in pair), []).append(pair)
+    for pairs in alike.values():
+        total = 1
+        for factors in zip(*pairs):
+            W = torch.stack(factors)
+            u = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0), device="cpu").to(W)
+            total = total + power_iteration(W, u, steps=30)[0]
+        sums.append(total)
+    if not sums or not (every := torch.cat(sums)).isfinite().all():
+        return None
+    return [float(f"{x:.6g}") for x in (every.min(), every.median(), every.max())]
 
 
 class Spectra:
@@ -62,7 +83,8 @@ class Spectra:
 
     def after(self) -> dict:
         """lr, that of the matrix; dW and W; dy, the RMS of dW x (Eq. 9); gauge, dW over lr. sigma and rho are
-        those that the optimizer used; where it has none, the exact sigma of before, and no rho."""
+        those that the optimizer used; where it has none, the exact sigma of before, and no rho. divisor is of
+        all matrices."""
         (A0, B0), (A, B) = self.old, self.factors()
         dW = product_norm(torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1))  # dA B0^T + A dB^T
         dy = self.x @ B @ A.T - self.x @ B0 @ A0.T
@@ -76,7 +98,7 @@ class Spectra:
             rho = state[weights[0]].get("rho")
         norms = {"lr": lr, "dW": dW, "W": product_norm(A, B), "dy": dy.square().mean().sqrt(),
                  "sigma_A": sigma_A, "sigma_B": sigma_B, "rho": rho, "gauge": dW / lr}
-        return {key: finite(value) for key, value in norms.items()}
+        return {key: finite(value) for key, value in norms.items()} | {"divisor": divisors(self.model)}
 
     def owner(self, weight) -> tuple[dict, float]:
         """(state, lr) of the optimizer that has this parameter."""

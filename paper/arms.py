@@ -67,7 +67,16 @@ SHAPES = [*((width, 0.25) for width in (32, 64, 128, 256)), (128, 0.125), (128, 
 TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
                             f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
                for method in ("spectron", "orthogonalize", "adamw")}
-
+SHAPED = TRANSFERRED | {"lora-muon": [
+    add("lora-muon", f"lora-muon@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
+        f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]}
+# Settings in which the factors' norms may part, with the flags of Spectron and of Muon on the factors, whose
+# lr is a quarter of Spectron's, so that at four times its weight decay a step shrinks the weights by as much.
+PARTING = {short: [add(method, f"{method}-{short}", label, own) for method, own in zip(
+    ("spectron", "orthogonalize"), flags)] for short, label, *flags in (
+        ("plain", "as it is", "", ""), ("decay", "weight decay", "--weight_decay 0.1", "--weight_decay 0.4"),
+        ("thin", "rank ratio 1/16", *("--rank_ratio 0.0625",) * 2),
+        ("unbalanced", "from 4 A and B / 4", *("--method varied --method_args c=4",) * 2))}
 
 RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more

@@ -109,7 +109,7 @@ class Trainer:
 
     def backward(self):
         loss = train.backward(self.network, *self.batch(), self.c)
-        norm, _, _ = train.read_back(self.model, loss, False)
+        norm, self.loss, _ = train.read_back(self.model, loss, False)
         train.clip_gradients(self.model, norm)
 
     def update(self):

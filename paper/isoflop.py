@@ -3,17 +3,21 @@
 At each budget both kinds of model, low-rank under Spectron and dense under Muon, are trained at six sizes or
 more around the best one, each for as many steps as the budget of executed FLOPs pays for and with a schedule
 of that length. (docs/SCALING.md says what the paper's 6 N D leaves out.) paper.laws has the fits.
+
+AdamW's learning rate for embedding, head and norms is swept at the two smaller budgets. From that sweep a
+rule is fitted, which gives the one of the larger two.
 """
 
 import math
 import statistics
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 
-from lib.methods import count_parameters, flops_per_token
+from lib.methods import count_parameters, flops_per_token, split_parameters
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig
 from paper import laws, logs, runs
 from paper.arms import ARMS, Arm
@@ -22,7 +26,11 @@ from paper.output import markdown
 from paper.runs import Run, Scale
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
-SEEDED, SEEDS = 1.5e11, 3  # the budget at which the noise is measured
+SWEPT = BUDGETS[:2]  # where adam_lr is swept; BASE is every run's of the first study
+BASE, ADAM_LRS, EDGES = 3e-3, (3e-3, 1e-2, 3e-2), (1e-3, 1e-1)  # edges: where the best is the last one
+GRID = sorted(ADAM_LRS + EDGES)
+SEEDED, SEEDS = 1.5e11, 3  # the budget at which each size has as many seeds with BASE
+REPEATED = 3  # sizes around each minimum that have as many seeds at their adam_lr
 CHECKED = {4.7e11: ("nano-2x32", "nano-2x96"), 4.5e12: ("nano-2x96",)}  # at other learning rates, too:
 TIMES = 0.5, 2
 KINDS = {  # the learning rate is that of a run of 1,000 steps
@@ -33,13 +41,14 @@ KINDS = {  # the learning rate is that of a run of 1,000 steps
 WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (64, 256)),
           "dense": ((8, 48), (12, 96), (16, 96), (24, 160))}
 LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
-PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's, the spacing is assumed
+PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's
 
 
-def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1) -> Run:
+def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1, adam_lr: float = BASE) -> Run:
     """times: of the learning rate that a run of this length has. paper.runs then knows its arm."""
-    name = f"{kind}-{size.removeprefix('nano-')}-{budget:g}"
-    ARMS[name] = replace(KINDS[kind], size=size, budget=budget)
+    name = f"{kind}-{size.removeprefix('nano-')}-{budget:g}" + f"-adam{adam_lr:g}" * (adam_lr != BASE)
+    ARMS[name] = replace(KINDS[kind], size=size, budget=budget,
+                         flags=f"{KINDS[kind].flags} --adam_lr {adam_lr:g}")
     steps = round(budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step)  # as runs.steps_of
     return Run(name, float(f"{times * lr_of(kind, steps):.4g}"), seed)
 
@@ -58,19 +67,140 @@ def sizes(kind: str, budget: float) -> list[str]:
 def make() -> None:
     """Every run that is missing, from the smallest budget to the largest."""
     for budget in BUDGETS:
-        seeds = range(SEEDS if budget == SEEDED else 1)
-        wanted = [run(kind, size, budget, seed)
-                  for kind in KINDS for size in sizes(kind, budget) for seed in seeds]
-        checked = [run(kind, size, budget, 0, times) for kind in KINDS for size in CHECKED.get(budget, ())
-                   for times in TIMES]
-        runs.make_all(wanted + checked, LADDER)
+        while missing := [run for run in wanted(budget) if not runs.log_of(run, LADDER)]:
+            runs.make_all(missing, LADDER)
+
+
+def wanted(budget: float) -> list[Run]:
+    """The runs of a budget, as far as those that are there tell which: the first study's, those at other
+    values of adam_lr, and once they are there, more seeds at the sizes around each minimum."""
+    found = []
+    for kind in KINDS:
+        rows = rows_of(kind)
+        own = [run(kind, size, budget, seed) for size in sizes(kind, budget)
+               for seed in range(SEEDS if budget == SEEDED else 1)]
+        own += [run(kind, size, budget, 0, times) for size in CHECKED.get(budget, ()) for times in TIMES]
+        own += [run(kind, size, budget, adam_lr=x) for size in sizes(kind, budget)
+                for x in adam_lrs(rows, size, budget)]
+        if all(runs.log_of(run, LADDER) for run in own) and (budget in SWEPT or rule_of(rows)):
+            own += [run(kind, size, budget, seed, adam_lr=x) for seed in range(1, SEEDS)
+                    for size, x in around_the_minimum(rows, budget)]
+        found += own
+    return found
+
+
+def adam_lrs(rows: list[dict], size: str, budget: float) -> list[float]:
+    """Where adam_lr is swept, its grid, and on at an edge that is best; elsewhere the rule's, if there is."""
+    if budget not in SWEPT:
+        return [rule(size, budget)] if (rule := rule_of(rows)) else []
+    found = swept(rows).get((size, budget), {})
+    if set(found) < set(ADAM_LRS) or not any(found.values()):
+        return [*ADAM_LRS]
+    best = runs.best_of(found)
+    return [*ADAM_LRS, *EDGES[:1] * (best <= ADAM_LRS[0]), *EDGES[1:] * (best >= ADAM_LRS[-1])]
+
+
+def swept(rows: list[dict]) -> dict[tuple, dict]:
+    """By size and budget: adam_lr -> the loss of seed 0 at the learning rate of the run's length."""
+    found = defaultdict(dict)
+    for r in rows:
+        if r["seed"] == 0 and r["lr"] == lr_of(r["kind"], r["steps"]):
+            found[r["size"], r["budget"]][r["adam_lr"]] = r["loss"]
+    return found
+
+
+@dataclass
+class Rule:
+    """adam_lr = e^centre (x / x0)^power, to the nearest of the grid; x is the width or the steps of a run."""
+    kind: str
+    x: str
+    x0: float
+    power: float
+    centre: float
+    t: float  # of the power: the coefficient over its standard error
+    residual: float  # standard deviation of what the fitted surface leaves, in nats
+
+    def __call__(self, size: str, budget: float) -> float:
+        x = x_of(self.kind, size, budget)[self.x]
+        target = self.centre + self.power * math.log(x / self.x0)
+        return min(GRID, key=lambda value: abs(math.log(value) - target))
+
+
+def x_of(kind: str, size: str, budget: float) -> dict:
+    return {"width": SIZES[size].dim, "constant": 1,
+            "steps": budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step}
+
+
+def fit_rule(rows: list[dict], x: str) -> Rule:
+    """One parabola in log adam_lr for all sizes of SWEPT, by least squares: each size has a floor of its own,
+    the curvature is common, and the minimum moves with log x: L = floor + k (log adam_lr - c - p log x)^2."""
+    points = [(place, adam_lr, loss) for place, losses in swept(rows).items() if place[1] in SWEPT
+              for adam_lr, loss in losses.items() if loss is not None]
+    kind, places = rows[0]["kind"], sorted({place for place, *_ in points})
+    z = np.log([x_of(kind, *place)[x] for place, *_ in points])
+    z0, t = z.mean(), np.log([adam_lr for _, adam_lr, _ in points])
+    floors = np.array([[place == other for other in places] for place, *_ in points], float)
+    columns = [t**2, t, *([t * (z - z0)] if x != "constant" else [])]
+    X, y = np.column_stack([*columns, floors]), np.array([loss for *_, loss in points])
+    solved = np.linalg.lstsq(X, y, rcond=None)[0]
+    variance = ((y - X @ solved)**2).sum() / (len(y) - X.shape[1])
+    k, linear, moved = solved[0], solved[1], solved[2] if x != "constant" else 0.0
+    se = math.sqrt(variance * np.linalg.inv(X.T @ X)[2, 2])
+    return Rule(kind, x, math.exp(z0), -moved / (2 * k), -linear / (2 * k),
+                moved / se if x != "constant" else 0.0, math.sqrt(variance))
+
+
+def rule_of(rows: list[dict]) -> Rule | None:
+    """The one that is used: with the width or the steps, whichever leaves less, where its power is more than
+    two standard errors; otherwise a constant. None until the sweep is complete."""
+    there = swept(rows)
+    if not rows or any(set(adam_lrs(rows, size, budget)) - set(there.get((size, budget), {}))
+                       for budget in SWEPT for size in sizes(rows[0]["kind"], budget)):
+        return None
+    moving = [rule for x in ("width", "steps") if abs((rule := fit_rule(rows, x)).t) > 2]
+    return min(moving, key=lambda rule: rule.residual, default=fit_rule(rows, "constant"))
+
+
+def excess(rows: list[dict], rule) -> list[float]:
+    """How much higher each size of SWEPT ends at the rule's adam_lr than at its best; where that was not run,
+    at the nearest that was."""
+    found = []
+    for (size, budget), losses in swept(rows).items():
+        there = {value: loss for value, loss in losses.items() if loss is not None}
+        if budget in SWEPT and there:
+            own = rule(size, budget)
+            found.append(there[min(there, key=lambda x: abs(math.log(x / own)))] - min(there.values()))
+    return found
+
+
+def around_the_minimum(rows: list[dict], budget: float) -> list[tuple[str, float]]:
+    """(size, its adam_lr) of the sizes nearest to the minimum of seed 0's parabola."""
+    of = [r for r in kept(rows) if r["budget"] == budget and r["seed"] == 0]
+    fitted = laws.profiles(points_of(of), [budget])[0]
+    centre = fitted.N if fitted.inside else min(of, key=lambda r: r["loss"])["total"]
+    nearest = sorted(of, key=lambda r: abs(math.log(r["total"] / centre)))[:REPEATED]
+    return [(r["size"], r["adam_lr"]) for r in sorted(nearest, key=lambda r: r["total"])]
+
+
+def missing() -> str:
+    """How many runs are asked for by what is there, and their hours, as runs of the same size took."""
+    rows = {(kind, row["size"]): row for kind in KINDS for row in rows_of(kind)}
+    lines = []
+    for budget in BUDGETS:
+        left = [ARMS[run.arm] for run in wanted(budget) if not runs.log_of(run, LADDER)]
+        pace = [rows.get(("dense" if "dense" in arm.flags else "spectron", arm.size)) for arm in left]
+        hours = sum(budget * row["seconds"] / row["executed"] for row in pace if row) / 3600
+        lines.append(f"{budget:.2g} FLOPs: {len(left)} runs are to be made, {hours:.2f} core-hours")
+    return "\n".join([*lines, "That is known so far. The sweep decides on more values of adam_lr, on the "
+                      "rule, and on the sizes with more seeds."])
 
 
 def papers_sizes(budget: float) -> list[str]:
-    """39 runs: ten of the twelve sizes of Table 5, without two near twins, and without the smallest at the
-    largest budget, so that the tokens are the paper's 250M to 90B. Which ones it ran it does not say."""
-    listed = [size for size in SIZES if size[0].isdigit() and size not in ("150M", "835M")]
-    return listed[1:] if budget > 3e19 else listed
+    """The 46 runs that the public code lists (da462/spectron, bin/scaling): all twelve sizes of Table 5, of
+    which the largest budget leaves out the two smallest. All have a learning rate of 0.07. The paper counts
+    39 runs and does not name them."""
+    listed = [size for size in SIZES if size[0].isdigit()]
+    return listed[2:] if budget > 3e19 else listed
 
 
 def papers_design() -> Points:
@@ -86,11 +216,23 @@ def config_of(size: str, kind: str = "spectron") -> LlamaConfig:
 
 @cache
 def cost(c: LlamaConfig) -> dict:
-    """Parameters, total and without embedding and head, and executed FLOPs of a token."""
+    """Parameters, total and without embedding and head, executed FLOPs of a token, and the optimizer's of a
+    step."""
     total = count_parameters(c)
     with torch.device("meta"):
-        flops = flops_per_token(Llama(c))
-    return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops}
+        flops, optimizer = flops_per_token(Llama(c)), optimizer_flops(Llama(c))
+    return {"total": total, "blocks": total - 2 * c.vocab_size * c.dim, "flops": flops,
+            "optimizer": optimizer}
+
+
+def optimizer_flops(model: Llama) -> int:
+    """Of a step, the matrix products: five Newton-Schulz iterations of every factor or dense matrix of the
+    blocks, each X^T X, its square and X times their sum, and a power iteration of every factor."""
+    pairs, dense, _ = split_parameters(model)
+    factors = [p for pair in pairs for p in pair]
+    orthogonalized = sum(5 * (4 * max(p.shape) * min(p.shape)**2 + 2 * min(p.shape)**3)
+                         for p in factors + dense)
+    return orthogonalized + sum(4 * p.numel() for p in factors)
 
 
 def plan(scale: str, kind: str, rate: float, count: str = "total", flops: str = "executed") -> str:
@@ -117,33 +259,53 @@ def rows_of(kind: str) -> list[dict]:
         c, last = log.config, log.steps[-1]
         counted = cost(config_of(c["size"], kind))
         budget = min(BUDGETS, key=lambda C: abs(math.log(last["flops"] / C)))
-        found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"], "seed": c["seed"],
+        found.append({"kind": kind, "size": c["size"], "budget": budget, "lr": c["lr"],
+                      "adam_lr": c["adam_lr"], "seed": c["seed"],
                       "total": counted["total"], "blocks": counted["blocks"], "steps": c["steps"],
-                      "tokens": last["tokens"], "executed": last["flops"], "loss": log.final_loss,
+                      "tokens": last["tokens"], "executed": last["flops"],
+                      "optimizer": counted["optimizer"] * c["steps"], "loss": log.final_loss,
                       "seconds": last["seconds"]})
     return found
 
 
-def is_kept(row: dict) -> bool:
-    """Whether a run is at the learning rate of its length, and did not diverge."""
-    return row["lr"] == lr_of(row["kind"], row["steps"]) and row["loss"] is not None
+CHOICES = {"best": "the best of each size where it was swept, the rule's elsewhere", "rule": "the rule's",
+           "base": f"{BASE:g} for all, as in the first study"}
+
+
+def kept(rows: list[dict], choice: str = "best") -> list[dict]:
+    """The runs that are fitted: at the learning rate of their length and at the adam_lr of the choice, and
+    not diverged. A size that has no run at its choice yet is there with the nearest that it has."""
+    found, rule, places = [], rule_of(rows), swept(rows)
+    for r in rows:
+        losses = places.get((r["size"], r["budget"]), {})
+        chosen = BASE if choice == "base" else runs.best_of(losses)
+        if rule and choice != "base" and (choice == "rule" or r["budget"] not in SWEPT):
+            there = [x for x in losses if losses[x] is not None]
+            own = rule(r["size"], r["budget"])
+            chosen = min(there, key=lambda x: abs(math.log(x / own)), default=None)
+        if r["adam_lr"] == chosen and r["lr"] == lr_of(r["kind"], r["steps"]) and r["loss"] is not None:
+            found.append(r)
+    return found
 
 
 def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -> Points:
-    """Those that are fitted."""
-    kept = [row for row in rows if is_kept(row)]
-    N, D, executed, L = (np.array([r[key] for r in kept], float)
+    N, D, executed, L = (np.array([r[key] for r in rows], float)
                          for key in (count, "tokens", "executed", "loss"))
     return Points(N, D, executed if flops == "executed" else 6 * N * D, L)
 
 
-def noise(rows: list[dict]) -> float:
-    """The standard deviation between seeds, pooled over the sizes."""
-    groups = {}
+def noise(rows: list[dict]) -> np.ndarray:
+    """The standard deviation between the seeds of a size at each budget, pooled over its sizes; where no size
+    has several, that of all budgets."""
+    groups = defaultdict(list)
     for r in rows:
-        if r["budget"] == SEEDED and is_kept(r):
-            groups.setdefault(r["size"], []).append(r["loss"])
-    return statistics.mean(map(statistics.variance, groups.values())) ** 0.5
+        groups[r["budget"], r["size"]].append(r["loss"])
+    variances = defaultdict(list)
+    for (budget, _), losses in groups.items():
+        if len(losses) > 1:
+            variances[budget].append(statistics.variance(losses))
+    every = sum(variances.values(), [])
+    return np.array([statistics.mean(variances[budget] or every) for budget in BUDGETS])**0.5
 
 
 def lowest(points: Points, budgets) -> np.ndarray:
@@ -154,11 +316,13 @@ def lowest(points: Points, budgets) -> np.ndarray:
 
 def gaps(low: Points, dense: Points, budgets, sigmas, times: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """How much higher the best dense model ends than the best low-rank one at each budget, and the 95%
-    interval (2, budgets) from fits to losses that have the seeds' noise added once more."""
+    interval (2, budgets) from fits to losses that have the seeds' noise added once more; sigmas has it for
+    both kinds at each budget."""
     generator = np.random.default_rng(0)
 
     def noisy(points, sigma):
-        return replace(points, L=points.L + sigma * generator.standard_normal(len(points)))
+        each = sigma[laws.nearest(points, budgets)]
+        return replace(points, L=points.L + each * generator.standard_normal(len(points)))
     drawn = [lowest(noisy(dense, sigmas[1]), budgets) - lowest(noisy(low, sigmas[0]), budgets)
              for _ in range(times)]
     return lowest(dense, budgets) - lowest(low, budgets), np.nanpercentile(drawn, [2.5, 97.5], axis=0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.cli import Parser, command, positive
 from lib.methods import count_parameters
 from model import ALIASES, SIZES
-from paper import draw, equilibrated, runs, scaling
+from paper import draw, equilibrated, one_gpu, runs, scaling, tuned
 from paper.experiments import EXPERIMENTS, PAPER, SAID, outcomes_of
 from paper.output import markdown, write
 from paper.runs import RESULTS
@@ -68,7 +68,7 @@ def index() -> str:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    names = [*EXPERIMENTS, *COUNTS, *scaling.PARTS, "all", "report"]
+    names = [*EXPERIMENTS, *COUNTS, *scaling.PARTS, *tuned.PARTS, "one_gpu", "all", "report"]
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
@@ -88,8 +88,11 @@ def main(argv=None):
         if args.name == name or args.name == "all" and not args.dry_run:
             write(RESULTS / name / "table.md", counts(name))
             print(f"{RESULTS / name}/table.md")
-    if args.name in scaling.PARTS:
-        return scaling.main([args.name])
+    if args.name == "one_gpu":
+        return one_gpu.main(["--report"])
+    for module in scaling, tuned:
+        if args.name in module.PARTS:
+            return module.main([args.name])
     if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
         return equilibrated.everywhere()
     seeds = args.seeds or (5 if args.name == "neighbours" else 3)

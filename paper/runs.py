@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
+import data
 import train
+from eval import load_run, validate
 from lib import methods
 from lib.cli import UserError
 from lib.files import lock
@@ -49,6 +51,7 @@ class Scale:
     lrs: int  # learning rates of each arm
     seeds: int
     flags: tuple = ()
+    halves: bool = False  # whether a log has the final loss on each half of the validation text
 
     @property
     def nano(self) -> bool:
@@ -179,7 +182,22 @@ def make(run: Run, scale: Scale, children: list) -> None:
                             f"done is kept: the same command goes on.\n{' '.join(command(run, scale))}\n"
                             f"{said.strip()}")
     records = [json.loads(row) for row in log.read_text("utf-8").splitlines()]
+    if scale.halves and records[-1].get("val_loss") is not None:
+        records[-1]["halves"] = losses_of_halves(log.parent)
     logs.add(pack_of(scale), run.name, logs.thinned(records))
+
+
+def losses_of_halves(out: Path) -> list[float]:
+    """The loss of a run's last checkpoint on each half of the windows of the validation text."""
+    model, _, config = load_run(out)
+    split = data.open_split(config["data"], "val", config["seq_len"], config["tokenizer"])
+    T, found = config["seq_len"], []
+    for size in split.windows // 2 * T, split.windows * T:
+        found.append(validate(model, split, size, config["batch_size"], config["dtype"]))
+    first, whole = found
+    rest = (whole["val_loss"] * whole["val_tokens"] - first["val_loss"] * first["val_tokens"]) / (
+        whole["val_tokens"] - first["val_tokens"])
+    return [float(f"{loss:.6g}") for loss in (first["val_loss"], rest)]
 
 
 def make_all(runs: list[Run], scale: Scale) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from lib.cli import Parser, command, number
 from model import SIZES
 from paper import draw, isoflop
-from paper.isoflop import (BUDGETS, CHECKED, KINDS, PAPER_BUDGETS, SEEDED, TIMES, gaps, is_kept,
-                           noise, papers_design, points_of, rows_of)
+from paper.isoflop import (BASE, BUDGETS, CHECKED, CHOICES, GRID, KINDS, PAPER_BUDGETS, SWEPT, TIMES, excess,
+                           fit_rule, gaps, kept, noise, papers_design, points_of, rows_of, rule_of, swept)
 from paper.laws import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles, simulate,
                         without_each)
 from paper.laws import isoflop as exponent_of
@@ -25,13 +25,13 @@ SETTING = ("nano, two layers of many widths, 512 tokens a step of the offline co
            "each run with a schedule of its own length")
 
 
-def collected(count: str = "total", flops: str = "executed") -> tuple[dict, dict, dict]:
-    """By kind: the rows of its runs, their points, and the budgets (the mean C of their runs)."""
-    rows = {kind: rows_of(kind) for kind in KINDS}
+def collected(count: str = "total", flops: str = "executed", choice: str = "best") -> tuple[dict, dict, dict]:
+    """By kind: the rows that are fitted, their points, and the budgets (the mean C of their runs)."""
+    rows = {kind: kept(rows_of(kind), choice) for kind in KINDS}
     points = {kind: points_of(r, count, flops) for kind, r in rows.items()}
     budgets = {}
     for kind, p in points.items():
-        of = np.array([BUDGETS.index(row["budget"]) for row in rows[kind] if is_kept(row)])
+        of = np.array([BUDGETS.index(row["budget"]) for row in rows[kind]])
         budgets[kind] = [float(np.exp(np.log(p.C[of == i]).mean())) for i in sorted(set(of))]
     return rows, points, budgets
 
@@ -42,18 +42,73 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
     for kind in KINDS:
         found = [p for p in profiles(points[kind], budgets[kind]) if p.inside]
         minima = [[f"{p.C:.2e}", str(len(p.points)), str(len(set(p.points.N))), f"{p.N / 1e3:,.1f}k",
-                   f"{p.D / 1e6:.2f}M", f"{p.L:.3f}"] for p in found]
+                   f"{p.D / 1e6:.2f}M", f"{p.L:.3f}", f"{optimizers_share(rows[kind], p):.0%}", f"{sd:.3f}"]
+                  for p, sd in zip(found, noise(rows[kind]))]
         parts += [f"## {KINDS[kind].label}\n", markdown(
-            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there"], minima),
-                  exponents(points[kind], budgets[kind]), "Standard deviation between seeds, at "
-                  f"{SEEDED:.2g} FLOPs: {noise(rows[kind]):.4f} nats.\n"]
-    parts += ["## The best dense model minus the best low-rank one\n", markdown(
+            ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there",
+             "the optimizer's FLOPs beside them", "sd between seeds (nats)"], minima),
+                  exponents(points[kind], budgets[kind])]
+    parts += [f"a, low-rank minus dense: {difference(points, budgets)}.\n",
+              "## The best dense model minus the best low-rank one\n", markdown(
         ["FLOPs", "nats per byte", "95% interval"],
         [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
          for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)])]
-    parts += ["## Other learning rates\n", markdown(
-        ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(rows))]
+    every = {kind: rows_of(kind) for kind in KINDS}
+    parts += [adam_lr_tables(every), f"## Other learning rates, at an adam_lr of {BASE:g}\n", markdown(
+        ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(every))]
     return "\n".join(parts)
+
+
+def optimizers_share(rows, minimum) -> float:
+    """Of the size nearest to a minimum: what the optimizer's products cost over what is counted as FLOPs."""
+    of = [r for r in rows if abs(np.log(r["executed"] / minimum.C)) < 0.1]
+    row = min(of, key=lambda r: abs(np.log(r["total"] / minimum.N)))
+    return row["optimizer"] / row["executed"]
+
+
+def difference(points, budgets) -> str:
+    """How much larger the low-rank exponent is, by both approaches, with the bootstraps' middle 95%."""
+    (low, low_laws), (dense, dense_laws) = (bootstrap(points[kind], budgets[kind]) for kind in KINDS)
+    a, b = (exponent_of(points[kind], budgets[kind]) for kind in KINDS)
+    c, d = (fit_law(points[kind]).exponent for kind in KINDS)
+    return ", ".join(f"{found:+.3f} ({x:+.3f} to {y:+.3f}) by {name}" for name, found, drawn in (
+        ("parabolas", a - b, np.subtract(low, dense)),
+        ("the parametric law", c - d, [x.exponent - y.exponent for x, y in zip(low_laws, dense_laws)]))
+                     for x, y in [interval(drawn)])
+
+
+def adam_lr_tables(rows) -> str:
+    """The sweep of adam_lr, the rules that were fitted to it, and what another choice would have given."""
+    losses = []
+    for kind, budget, size in [(k, C, size) for k in KINDS for C in SWEPT for size in isoflop.sizes(k, C)]:
+        found = swept(rows[kind]).get((size, budget), {})
+        losses.append([KINDS[kind].label, f"{budget:.2g}", size, *(
+            "" if x not in found else "diverged" if found[x] is None else f"{found[x]:.3f}" for x in GRID)])
+    fitted = []
+    for kind in KINDS if all(map(rule_of, rows.values())) else ():
+        for x in "constant", "width", "steps":
+            rule, used = fit_rule(rows[kind], x), rule_of(rows[kind]).x == x
+            above = excess(rows[kind], rule)
+            fitted.append([KINDS[kind].label, x + ", used" * used, f"{np.exp(rule.centre):.2g}" + (
+                "" if x == "constant" else f" at {rule.x0:.3g}"), f"{rule.power:+.2f} (t {rule.t:+.1f})",
+                f"{rule.residual:.3f}", f"{np.mean(above):.3f}, {max(above):.3f}"])
+    others = []
+    for choice, label in CHOICES.items():
+        _, points, budgets = collected(choice=choice)
+        gap = isoflop.lowest(points["dense"], budgets["dense"]) - isoflop.lowest(
+            points["spectron"], budgets["spectron"])
+        others.append([label, *(f"{exponent_of(points[kind], budgets[kind]):.3f}" for kind in KINDS),
+                       *(f"{x:+.3f}" for x in gap)])
+    return "\n".join([
+        "## adam_lr: the losses of seed 0\n",
+        markdown(["", "FLOPs", "size", *(f"{x:g}" for x in GRID)], losses),
+        "## adam_lr: a rule\n\nOne parabola in log adam_lr with a floor for each size. Its minimum moves "
+        "with a power of the width or of the\nsteps, which is used where it is over two standard errors.\n",
+        markdown(["", "moves with", "adam_lr", "power", "residual (nats)",
+                  "loss above each size's best: mean, largest"], fitted),
+        "## The same study with another adam_lr\n",
+        markdown(["adam_lr", *(f"a, {KINDS[kind].label}" for kind in KINDS),
+                  *(f"gap at {C:.2g}" for C in BUDGETS)], others)])
 
 
 def exponents(points: Points, budgets) -> str:
@@ -78,7 +133,7 @@ def checked(rows) -> list[list[str]]:
     for budget, size, kind in [(C, size, kind) for C, sizes in CHECKED.items() for size in sizes
                                for kind in KINDS]:
         by_lr = {r["lr"]: r["loss"] for r in rows[kind]
-                 if (r["size"], r["budget"], r["seed"]) == (size, budget, 0)}
+                 if (r["size"], r["budget"], r["seed"], r["adam_lr"]) == (size, budget, 0, BASE)}
         losses = (f"{by_lr[lr]:.3f}" for lr in sorted(by_lr))
         table.append([KINDS[kind].label, f"{budget:.2g}", size, *losses])
     return table
@@ -154,7 +209,7 @@ def residuals_figure(points):
 
 
 def precision_figure(spreads: dict):
-    """The exponents that the paper's 39 runs would give, were its own law true."""
+    """The exponents that the public code's 46 runs would give, were the paper's own law true."""
     fig, axes = draw.panels(2, 9.5, sharey=True)
     for ax, i, name in (axes[0], 0, "parabolas"), (axes[1], 1, "parametric law"):
         for row, (sigma, found) in enumerate(spreads.items()):
@@ -177,7 +232,7 @@ def write_isoflop(count: str = "total", flops: str = "executed") -> None:
              f"`python -m paper.scaling isoflop`\n\n{isoflop_table(rows, points, budgets, gap, low, high)}\n")
     if (count, flops) != ("total", "executed"):
         return print(table)
-    every = [row for kind in KINDS for row in rows[kind]]
+    every = [row for kind in KINDS for row in rows_of(kind)]
     lines = [",".join(map(str, line)) + "\n" for line in (every[0], *(row.values() for row in every))]
     write(where / "runs.csv", "".join(lines))
     write(where / "table.md", f"{table}## The exponent a, counted otherwise\n\n{conventions()}\n"
@@ -215,14 +270,14 @@ def write_parametric(count: str = "total", flops: str = "executed") -> None:
         [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
         for sigma, found in spreads.items()])
     write(where / "table.md", f"{table}![residuals](residuals.png)\n\n"
-          f"## What the paper's design can tell\n\n400 studies of {len(design)} runs of the paper's sizes "
-          f"and budgets, with its own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
+          f"## What the paper's design can tell\n\n400 studies of the {len(design)} runs that the public "
+          f"code lists, with the paper's own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
           f"{precision}\n![precision](precision.png)\n")
     save(residuals_figure(points), where / "residuals.png",
          "The fitted law misses a run by 0.03 to 0.04 nats (rms), about as much as seeds differ", SETTING)
     save(precision_figure(spreads), where / "precision.png",
          "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
-         "400 simulated studies of 39 runs each, the paper's parametric law as the truth")
+         f"400 simulated studies of {len(design)} runs each, the paper's parametric law as the truth")
     print(f"{where}/table.md, residuals.png, precision.png")
 
 
@@ -258,7 +313,7 @@ def main(argv=None):
         rate = args.rate or (2e10 if args.scale == "nano" else 3.2e15)  # two CPU cores; 8 H100s at 40%
         for kind in KINDS:
             print(isoflop.plan(args.scale, kind, rate, args.count, args.flops))
-        return
+        return print(isoflop.missing() if args.scale == "nano" else "")
     isoflop.make()
     PARTS[args.name](args.count, args.flops)
 

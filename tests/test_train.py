@@ -23,7 +23,7 @@ from spectron import Spectron
 from tools import plot, prepare, sample
 
 KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "val_tokens", "lr", "dW", "W", "dy",
-        "sigma_A", "sigma_B", "rho", "gauge"}
+        "sigma_A", "sigma_B", "rho", "gauge", "divisor"}
 
 
 def records(run):

@@ -1,0 +1,83 @@
+"""paper/one_gpu.py, all of it at a tiny size: its variants compute the same, and it may be stopped."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from model import NANO_SIZES, Llama
+from paper import one_gpu, reproduce
+
+
+@pytest.fixture(scope="module")
+def made(corpus, tmp_path_factory):
+    """The directory of a whole tiny run."""
+    out = tmp_path_factory.mktemp("one_gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_gpu, "TRAINED", [*one_gpu.TRAINED[:2], one_gpu.TRAINED[4], one_gpu.TRAINED[6]])
+        one_gpu.main(["--tiny", "--data", str(corpus), "--out", str(out)])
+    return out
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("how", ["side by side", "blocks", "whole"])
+def test_a_variant_has_the_loss_and_the_gradients_of_the_model(how):
+    torch.manual_seed(0)
+    plain, other = Llama(NANO_SIZES["nano-2x32"]), Llama(NANO_SIZES["nano-2x32"])
+    other.load_state_dict(plain.state_dict())
+    tokens, targets = torch.randint(257, (2, 2, 32))
+    network = other if how == "side by side" else one_gpu.compiled(other, how == "whole", "eager")
+    if how == "side by side":
+        one_gpu.side_by_side(other)
+    losses = plain(tokens, targets), network(tokens, targets)
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for (name, p), q in zip(plain.named_parameters(), other.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), name
+
+
+def test_each_result_is_a_line_and_the_page_has_them_all(made):
+    rows = {row["name"]: row for row in lines(made)}
+    assert len(rows) == 9 + 1 + 4 + 6 and [*rows][9] == "steps"
+    for name, row in rows.items():
+        assert row["hardware"]["cpu"] and row["took"] >= 0 and row.get("tokens/s", 1) > 0
+        if name.startswith("run"):
+            assert math.isfinite(row["val_loss"]) and row["seconds"] > 0 and len(row["curve"]) >= 5
+            assert (row["divisor"] is None) == (row["method"] == "dense")
+    equal, other = rows["run spectron 0.05"], rows["run dense 0.02 seconds"]
+    of = rows["steps"]["seconds"]
+    assert other["steps"] == round(equal["steps"] * of["spectron"] / of["dense"])
+    page = (made / "table.md").read_text("utf-8")
+    assert page.count("\n| ") == 1 + 15 + 1 + 4 + 2 and "side by side" in page
+
+
+def test_it_goes_on_after_a_stop_and_with_a_line_that_was_cut(made, corpus, tmp_path, capsys):
+    shutil.copy(made / "rows.jsonl", tmp_path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text("utf-8")[:-40], "utf-8")
+    names = [row["name"] for row in lines(made)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_gpu, "TRAINED", one_gpu.TRAINED[:2])
+        one_gpu.main(["--tiny", "--data", str(corpus), "--out", str(tmp_path)])
+    assert {*one_gpu.read(path)} == {*names} and "To do, in this order" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_the_minutes_is_left_out(corpus, tmp_path, capsys):
+    """And a run needs the line that says how many steps it has."""
+    one_gpu.make(one_gpu.TINY, tmp_path, 2 / 60)
+    assert capsys.readouterr().out.count("left out") == len([*one_gpu.parts(one_gpu.TINY)])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_without_a_gpu_or_a_result_it_says_what_to_do(fails, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fails(one_gpu.main, [], "--tiny")
+    fails(one_gpu.main, ["--tiny", "--data", "data/none"], "data/none", "tools.prepare")
+    fails(reproduce.main, ["one_gpu"], "python -m paper.one_gpu")
