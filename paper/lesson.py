@@ -1,0 +1,505 @@
+"""The pictures and numbers of docs/LESSON.md.
+
+    python -m paper.lesson          draws every picture into docs/lesson/, prints the sentences with numbers
+    python -m paper.lesson sigma    chapter 4: trains nano, and compares every sigma with the exact norm
+    python -m paper.lesson bound    chapter 6: pairs made so that ||dW|| is as large as it can be
+
+Everything comes from committed logs and from small computations with fixed seeds. docs/lesson/sigma.json is
+the log of one run: python -m paper.lesson sigma --steps 100 --json docs/lesson/sigma.json. sign.json has the
+losses of the lesson's own method.
+"""
+
+import math
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import train
+from lib.cli import Parser, command, positive
+from lib.methods import count_parameters, flops_per_token
+from lib.norms import product_norm, spectral_norm
+from model import SIZES, Llama, LlamaConfig, rank_of
+from paper import logs
+from paper.draw import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, name_ticks, panels
+from paper.experiments import gap
+from paper.output import read_json, save, write_json
+from spectron import Spectron, newton_schulz, power_iteration
+from tools import machine, prepare
+
+PICTURES, RUNS = Path("docs/lesson"), Path("results/runs/nano.jsonl")
+NO_ONE = Path("results/equilibrated/candidates-200x4096.jsonl")  # its runs no1: the radius without its + 1
+NANO, MATRIX = SIZES["nano"], "blocks.2.attention.o_proj"
+ETA = 0.2
+
+
+def log(name: str, path: Path = RUNS) -> logs.Log:
+    return logs.get(path, name)
+
+
+def caption(ax, title: str) -> None:
+    """What a panel shows, in the letters of save()."""
+    ax.set_title(title, fontsize=8, color="0.35", loc="left")
+
+
+def mark(ax, values, form: str) -> None:
+    """The values of horizontal bars beside their ends."""
+    for row, value in enumerate(values):
+        ax.text(value + 0.02, row, form.format(value), va="center", fontsize=9,
+                bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+
+
+def without_last(run: logs.Log, key: str) -> list[tuple]:
+    """(step, value): in the last step the learning rate is nearly zero."""
+    return run.points(key)[:-1]
+
+
+# ------------------------------------------- 1: what low rank costs -----------------------------------------
+
+def dense(config: LlamaConfig) -> LlamaConfig:
+    return LlamaConfig(**vars(config) | {"rank_ratio": None})
+
+
+def meta(config: LlamaConfig) -> Llama:
+    with torch.device("meta"):
+        return Llama(config)
+
+
+@cache
+def costs() -> dict:
+    """What low rank costs, over what dense weights cost. Seconds are of two CPU cores, memory and speed of S
+    on one H100, compiled."""
+    seconds = read_json(Path("results/seconds/nano.json"))["seconds"]
+    gpu = {kind: (float(speed.replace(",", "")), float(peak)) for kind, speed, peak in re.findall(
+        r"S, (\w+), compiled \| 16 x 2,048 \| ([\d,]+) .* ([\d.]+) GB",
+        Path("results/bench/gpu.md").read_text("utf-8"))}
+    model, S = meta(NANO), meta(SIZES["S"])
+    factors = {m: sum(p.numel() for pair in m.factor_pairs() for p in pair) for m in (model, S)}
+    return {"matrices": {name: r * (m + n) / (m * n) for name, n, m in (
+                ("q, k, v, o", NANO.dim, NANO.dim), ("gate, up", NANO.dim, NANO.ffn_dim),
+                ("down", NANO.ffn_dim, NANO.dim)) for r in [rank_of(0.25, n, m)]},
+            "parameters": (count_parameters(NANO), count_parameters(dense(NANO))),
+            "flops": (flops_per_token(model), flops_per_token(meta(dense(NANO)))),
+            "seconds": (seconds["spectron"], seconds["dense"]),
+            "memory": (gpu["spectron"][1], gpu["dense"][1]),
+            "speed": gpu["spectron"][0] / gpu["dense"][0],
+            "S": count_parameters(SIZES["S"]), "dense part": [
+                1 - factors[m] / count_parameters(m.config) for m in (model, S)]}
+
+
+def draw_costs():
+    fig, (left, right) = panels(2, 9.5, 3.2, width_ratios=[1, 1.3])
+    found = costs()
+    for ax, shown in ((left, found["matrices"]), (right, {
+            "parameters, nano": share(found["parameters"]), "FLOPs a token, nano": share(found["flops"]),
+            "seconds a step, nano": share(found["seconds"]),
+            "peak memory, S on a GPU": share(found["memory"])})):
+        ax.barh(list(shown), shown.values(), color=BLUE, height=0.6)
+        ax.axvline(1, color=BLACK, lw=1, ls="--")
+        mark(ax, shown.values(), "{:.0%}")
+        ax.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), xticklabels=("0", "half", "dense"))
+        ax.invert_yaxis()
+    caption(right, "the whole model")
+    return fig, \
+        "Low rank saves parameters, FLOPs and time, but nothing in the down projection and no GPU memory", \
+        "parameters of one matrix, nano, rank ratio 0.25"
+
+
+def share(pair: tuple) -> float:
+    return pair[0] / pair[1]
+
+
+# --------------------------------------------- 2: why W jumps -----------------------------------------------
+
+SAME_LR = {"with renormalization": "spectron-lr0.2-seed0",
+           "without renormalization": "orthogonalize-adam0.003-lr0.2-seed0"}
+
+
+def low_over_dense() -> list[tuple]:
+    """(step, ||dW|| of the low-rank matrix over that of the dense one), both with AdamW at its best lr."""
+    low, full = log("adamw-lr0.001-seed0"), dict(without_last(log("dense-adamw-lr0.001-seed0"), "dW"))
+    return [(step, dW / full[step]) for step, dW in without_last(low, "dW") if step in full]
+
+
+def draw_jump():
+    fig, (left, right) = panels(2, 9.5, 3.8)
+    for (label, name), colour in zip(SAME_LR.items(), (BLUE, RED)):
+        left.plot(*zip(*without_last(log(name), "gauge")), color=colour, lw=1.6,
+                  label=f"{label}: loss {log(name).final_loss:.2f}")
+    left.axhline(1, color=BLACK, lw=1, ls="--", label="the learning rate itself")
+    left.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$ / lr", yscale="log")
+    right.plot(*zip(*low_over_dense()), color=GREEN, lw=1.6, label="AdamW, factors over dense, nano")
+    right.axhspan(10, 30, color=ORANGE, alpha=0.4, lw=0, label="the paper's 10 to 30")
+    right.set(xlabel="step", ylabel=r"$\|\Delta W\|_2$, factors over dense", yscale="log")
+    name_ticks(left.yaxis, [0.5, 1, 2, 5, 10])
+    name_ticks(right.yaxis, [0.5, 1, 2, 5, 10, 30])
+    caption(right, "AdamW, each at its own best learning rate, 0.001")
+    return fig, "Renormalization keeps every step of W below the learning rate; without it the steps grow", \
+        f"{MATRIX} of nano, both at lr 0.2 and adam_lr 0.003"
+
+
+# ------------------------------------------ 3: Newton-Schulz -----------------------------------------------
+
+SPECTRUM = torch.logspace(0, -3, 64, dtype=torch.float64)
+
+
+def polynomial(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """What so many steps make of the singular values x of a matrix with the Frobenius norm 1."""
+    for _ in range(steps):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    return x
+
+
+@cache
+def reached() -> dict:
+    """Where five steps end: singular values above 0.01, and the highest below, with the value it is of."""
+    x = torch.logspace(-6, 0, 400_001, dtype=torch.float64)
+    y = polynomial(x)
+    above = y[x >= 0.01]
+    return {"least": float(above.min()), "most": float(above.max()), "top": float(y.max()),
+            "from": float(x[y.argmax()])}
+
+
+def draw_newton_schulz():
+    fig, (left, right) = panels(2, 9.5, 3.8, sharey=True)
+    x = torch.logspace(-4, 0, 2000, dtype=torch.float64)
+    for steps, colour in zip(range(6), (GREY, ORANGE, GREEN, SKY, RED, BLUE)):
+        label = f"{steps} steps" if steps != 1 else "1 step"
+        left.plot(x, polynomial(x, steps), color=colour, lw=2.2 if steps == 5 else 1.2, label=label)
+        values = polynomial(SPECTRUM / SPECTRUM.norm(), steps)
+        right.plot(range(1, 65), values.sort(descending=True).values, color=colour, marker=".", ms=4,
+                   lw=2.2 if steps == 5 else 1)
+    for ax in (left, right):
+        ax.axhspan(0.7, 1.2, color=BLUE, alpha=0.1, lw=0)
+    caption(right, "one matrix with singular values from 1 to 0.001, over its Frobenius norm")
+    left.set(xscale="log", xlabel="singular value before", ylabel="after")
+    right.set(xlabel="singular values of one matrix, the largest first")
+    return fig, "Five steps lift every singular value above 0.01 into 0.7 to 1.2", \
+        "the polynomial, applied 0 to 5 times"
+
+
+# ------------------------------------------ 4: power iteration ----------------------------------------------
+
+class Watched(Spectron):
+    """Spectron that also keeps, for each step, sigma over the exact norm of every factor."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.watched = []
+
+    def step(self, closure=None):
+        self.watched.append([])
+        return super().step(closure)
+
+    def spectral_norm(self, factors, group):
+        sigma = super().spectral_norm(factors, group)
+        F = torch.stack(factors).double()
+        exact = torch.linalg.eigvalsh(F.mT @ F)[:, -1].sqrt()  # much faster than an SVD
+        self.watched[-1] += (sigma.flatten() / exact).tolist()
+        return sigma
+
+
+def watch(steps: int, *flags) -> dict:
+    """Trains nano as train.py does and returns the lowest and the median of sigma over the exact norm."""
+    c = train.resolve(train.parse(["--dtype", "float32", "--device", "cpu", *flags]))
+    corpus, *_ = prepare.open_corpus(c, train.NANO["data"])
+    torch.manual_seed(c.seed)
+    model = Llama(LlamaConfig(**c.model))
+    optimizers = train.spectron_optimizers(model, c, Watched)
+    for step in range(steps):
+        x, y = corpus.batch(step, c.tokens_per_step // c.seq_len, c.seed)
+        loss = train.backward(model, x, y, c)
+        train.clip_gradients(model, train.read_back(model, loss, False)[0])
+        train.update(optimizers, train.schedule(step, c.steps))
+    ratios = optimizers[0].watched
+    return {"made": machine.provenance(), "lowest": [round(min(row), 4) for row in ratios],
+            "median": [round(statistics.median(row), 4) for row in ratios]}
+
+
+def sigma(steps: int, json_file: Path | None = None, *flags) -> None:
+    found = watch(steps, *flags)
+    print("sigma over the exact norm, of the 56 factors")
+    for step in sorted({1, 2, 5, 10, 20, 40, steps} & set(range(steps + 1))):
+        lowest, median = (found[key][step - 1] for key in ("lowest", "median"))
+        print(f"step {step:3}   lowest {lowest:.3f}   median {median:.3f}")
+    if json_file:
+        write_json(json_file, found)
+
+
+@cache
+def cold() -> dict[int, tuple[float, float]]:
+    """By the number of power steps from a random u: the lowest and the median of sigma over the exact norm of
+    nano's first factors."""
+    torch.manual_seed(0)
+    factors = [p.detach().double() for pair in Llama(NANO).factor_pairs() for p in pair]
+    starts = [torch.randn(len(p), generator=torch.Generator().manual_seed(i)).double()
+              for i, p in enumerate(factors)]
+    exact = [spectral_norm(p) for p in factors]
+    found = {}
+    for steps in (1, 2, 3, 5, 10, 20):
+        ratios = [float(power_iteration(p, u, steps)[0] / norm) for p, u, norm in zip(factors, starts, exact)]
+        found[steps] = min(ratios), statistics.median(ratios)
+    return found
+
+
+def draw_power():
+    fig, (left, right) = panels(2, 9.5, 3.8, sharey=True)
+    found, run = cold(), read_json(PICTURES / "sigma.json")
+    for i, (label, colour) in enumerate((("the lowest of 56 factors", RED), ("their median", BLUE))):
+        left.plot([*found], [pair[i] for pair in found.values()], color=colour, marker="o", ms=4, lw=1.6,
+                  label=label)
+        right.plot(range(1, len(run["lowest"]) + 1), run[label.split()[1]], color=colour, lw=1.6)
+    for ax in (left, right):
+        ax.axhline(1, color=BLACK, lw=1, ls="--")
+    left.set(xscale="log", xticks=list(found), xlabel="power steps from a random u, before training",
+             ylabel="sigma / exact norm")
+    left.set_xticklabels(list(found))
+    left.minorticks_off()
+    right.set(xlabel="step of training, one power step each")
+    caption(right, "nano, all factors")
+    worst = 1 - min(run["lowest"])
+    return fig, f"Sigma is never above the exact norm, mostly within 5% of it, at worst {worst:.0%} below", \
+        "nano's first factors"
+
+
+# --------------------------------------------- 5: the radius ------------------------------------------------
+
+RADII = {"eta / (sigma_A + sigma_B + 1)": ("spectron-lr0.2-seed0", RUNS),
+         "eta / (sigma_A + sigma_B)": ("no1-lr0.2-seed0", NO_ONE)}
+
+
+def extremes(run: logs.Log, key: str = "gauge") -> tuple[float, float]:
+    values = [value for _, value in run.points(key)]
+    return min(values), max(values)
+
+
+def second_order() -> float:
+    """The most that dA dB^T can be of eta in a run, by the logged rho and what five steps leave at most."""
+    run = log("spectron-lr0.2-seed0")
+    return max((reached()["top"] * r["rho"])**2 / r["lr"] for r in run.steps if r.get("rho"))
+
+
+def mean_and_sd(run: str, path: Path) -> str:
+    losses = [log(f"{run}-seed{seed}", path).final_loss for seed in range(3)]
+    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+
+def draw_radius():
+    fig, (ax,) = panels(1, 8, 3.8)
+    for (label, where), colour in zip(RADII.items(), (BLUE, RED)):
+        ax.plot(*zip(*without_last(log(*where), "gauge")), color=colour, lw=1.6, label=f"rho = {label}")
+    ax.axhline(1, color=BLACK, lw=1, ls="--", label="the bound")
+    ax.set(xlabel="step", ylabel=r"gauge: $\|\Delta W\|_2$ / eta", ylim=(0, 1.1))
+    return fig, "Without the + 1 the steps of W grow by a third, and the proof is lost", f"{MATRIX}, eta 0.2"
+
+
+# ---------------------------------------- 6: where the bound ends -------------------------------------------
+
+class Exact(Spectron):
+    """With the exact polar factor in place of Newton-Schulz."""
+
+    def direction(self, factors, group):
+        U, _, Vh = torch.linalg.svd(self.momentum(factors, group), full_matrices=False)
+        return U @ Vh
+
+
+def aligned(size: float, grow: bool = True, r: int = 8) -> list[torch.nn.Parameter]:
+    """A and B (32, r) of rank one and norm `size`, with gradients that move both along that one direction,
+    the one that five Newton-Schulz steps lift most. Then all parts of dW add up."""
+    torch.manual_seed(0)
+    first = reached()["from"]
+    values = torch.full((r,), math.sqrt((1 - first**2) / (r - 1)), dtype=torch.float64)
+    values[0] = first
+    V, pair = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64))[0], []
+    for _ in range(2):
+        U = torch.linalg.qr(torch.randn(32, r, dtype=torch.float64))[0]
+        p = torch.nn.Parameter(size * torch.outer(U[:, 0], V[:, 0]))
+        p.grad = U * values @ V.T * (-1 if grow else 1)
+        pair.append(p)
+    return pair
+
+
+def step_of(pair, kind=Spectron, eta: float = ETA, **settings) -> torch.Tensor:
+    """dW, in two factors, of one step of a pair that has gradients."""
+    old = [p.detach().clone() for p in pair]
+    kind([tuple(pair)], lr=eta, momentum=0.0, **settings).step()
+    (A0, B0), (A, B) = old, (p.detach() for p in pair)
+    return torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1)
+
+
+@cache
+def gauges() -> dict[str, float]:
+    """||dW|| / eta of pairs that are as unlucky as can be."""
+    def gauge(size, *args, grow=True, eta=ETA, **more):
+        return float(product_norm(*step_of(aligned(size, grow), *args, eta=eta, **more))) / eta
+    return {"exact polar factors": gauge(100, Exact),
+            "five Newton-Schulz steps": gauge(100),
+            "five steps in bfloat16": gauge(100, ns_dtype=torch.bfloat16),
+            "||W|| = 2.6, five steps": gauge(1.6, grow=False),
+            "||W|| = 2.6, weight decay 0.1": gauge(1.6, grow=False, weight_decay=0.1)}
+
+
+@cache
+def splits() -> dict[float, tuple[float, float, float]]:
+    """By c: rho / eta, the gauge, and the cosine between the step of W = (c A)(B / c)^T and that at c = 1,
+    for one random gradient of W."""
+    torch.manual_seed(0)
+    layer = Llama(LlamaConfig(**vars(NANO) | {"n_layers": 1})).blocks[0].attention.o_proj
+    A0, B0 = (p.detach().double() for p in (layer.A, layer.B))
+    G, found, first = torch.randn(len(A0), len(B0), dtype=torch.float64), {}, None
+    for c in (1, 2, 4, 8, 16):
+        pair = [torch.nn.Parameter(c * A0), torch.nn.Parameter(B0 / c)]
+        pair[0].grad, pair[1].grad = G @ pair[1].detach(), G.T @ pair[0].detach()
+        rho = 1 / float(spectral_norm(pair[0].detach()) + spectral_norm(pair[1].detach()) + 1)
+        X, Y = step_of(pair)
+        dW = X @ Y.T
+        first = dW if first is None else first
+        found[c] = rho, float(spectral_norm(dW)) / ETA, float((dW * first).sum() / dW.norm() / first.norm())
+    return found
+
+
+def bound() -> None:
+    print(f"||dW|| / eta at eta = {ETA}")
+    for name, value in gauges().items():
+        print(f"{name:32}{value:.2f}")
+    print("one W as (c A)(B / c)^T          rho / eta   gauge   cosine with the step at c = 1")
+    for c, (rho, gauge, cosine) in splits().items():
+        print(f"c = {c:<28}{rho:.3f}       {gauge:.2f}    {cosine:.2f}")
+
+
+def draw_bound():
+    fig, (left, right) = panels(2, 9.5, 3.4)
+    found = gauges()
+    left.barh(list(found), found.values(), color=[BLUE, BLUE, BLUE, GREY, RED], height=0.6)
+    left.axvline(1, color=BLACK, lw=1, ls="--")
+    mark(left, found.values(), "{:.2f}")
+    left.set(xlabel=r"$\|\Delta W\|_2$ / eta", xlim=(0, 1.6))
+    left.invert_yaxis()
+    by_c = splits()
+    looks = {"rho / eta": ORANGE, "gauge": BLUE, "cosine with the step at c = 1": GREEN}
+    for i, (label, colour) in enumerate(looks.items()):
+        right.plot([*by_c], [row[i] for row in by_c.values()], color=colour, marker="o", ms=4, label=label)
+    right.set(xscale="log", xlabel="c: the same W, stored as cA and B / c", xticks=[*by_c], ylim=(0, 1.05))
+    right.set_xticklabels([*by_c])
+    right.minorticks_off()
+    caption(right, "the same W and the same gradient of W, eta 0.2")
+    return fig, \
+        "Newton-Schulz costs a fifth of the bound, weight decay adds to it, another split is another step", \
+        "pairs as unlucky as can be, eta 0.2"
+
+
+# -------------------------------------------- The verdict ---------------------------------------------------
+
+IMDB_LRS = {"spectron": 0.2, "orthogonalize": 0.02}
+SHAPES = ("nano-2x32@0.25", "nano-2x64@0.25", "nano-2x128@0.25", "nano-2x256@0.25", "nano-2x128@0.125",
+          "nano-2x128@0.5")
+GRIDS = {"spectron": (0.02, 0.05, 0.1, 0.2, 0.5, 1), "orthogonalize": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+         "adamw": (0.0005, 0.001, 0.002, 0.005, 0.01)}
+
+
+def best_lrs(method: str) -> list[float]:
+    """The learning rate of the lowest loss, for each shape."""
+    found = []
+    for shape in SHAPES:
+        losses = {lr: run.final_loss for lr in GRIDS[method]
+                  if (run := log(f"{method}@{shape}-lr{lr:g}-seed0"))}
+        found.append(min((lr for lr in losses if losses[lr] is not None), key=losses.get))
+    return found
+
+
+def divisors(step: int = -1) -> list[float]:
+    """sigma_A + sigma_B + 1 of the followed matrix, for each shape at lr 0.2."""
+    runs = [log(f"spectron@{shape}-lr0.2-seed0").steps[step] for shape in SHAPES]
+    return [run["sigma_A"] + run["sigma_B"] + 1 for run in runs]
+
+
+def muon_against_spectron(path: Path, seeds: int, lrs: dict) -> tuple:
+    """(difference of Muon on the factors, half of its 95% interval, seeds), each at its own best lr."""
+    return gap(*(SimpleNamespace(by_seed={seed: log(f"{name}-lr{lr:g}-seed{seed}", path).final_loss
+                                          for seed in range(seeds)}) for name, lr in lrs.items()))
+
+
+# --------------------------------------- The sentences with numbers -----------------------------------------
+
+def percent(pair: tuple) -> str:
+    """How much less the first is than the second."""
+    return f"{1 - share(pair):.0%}"
+
+
+def sentences() -> list[str]:
+    """Every statement of docs/LESSON.md that has a computed number, word for word."""
+    cost, ends, run, start = costs(), reached(), read_json(PICTURES / "sigma.json"), cold()
+    of_nano, of_S = cost["dense part"]
+    with_it, without = (log(name) for name in SAME_LR.values())
+    jump, ratio = extremes(without), [value for _, value in low_over_dense()]
+    (low, high), (low_0, high_0) = (extremes(log(*where)) for where in RADII.values())
+    worst, split = gauges(), splits()
+    no_one, spectron_again = mean_and_sd("no1-lr0.1", NO_ONE), mean_and_sd("spectron-lr0.2", RUNS)
+    difference, half, seeds = muon_against_spectron(RUNS, 5, {"spectron": 0.2, "orthogonalize": 0.05})
+    imdb, imdb_half, imdb_seeds = muon_against_spectron(
+        RUNS.with_name("nano-imdb-bytes.jsonl"), 3, IMDB_LRS)
+    signs = read_json(PICTURES / "sign.json")
+    spectron, muon, adamw = (best_lrs(name) for name in GRIDS)
+    return [
+        f"saves {percent(cost['parameters'])} of the parameters, {percent(cost['flops'])} of the FLOPs and "
+        f"{percent(cost['seconds'])} of the time of a step ({cost['seconds'][0]:.2f} s against "
+        f"{cost['seconds'][1]:.2f} s",
+        f"{cost['memory'][0]:.1f} GB against {cost['memory'][1]:.1f} GB",
+        f"{cost['speed']:.2f} times as fast",
+        f"{cost['S'] / 1e6:.1f}M parameters here", f"hold {of_S:.0%} of the {cost['S'] / 1e6:.1f}M",
+        f"{of_nano:.0%} at nano",
+        f"down projection keeps {cost['matrices']['down']:.0%}",
+        f"between {extremes(with_it)[0]:.2f} and {extremes(with_it)[1]:.2f}",
+        f"{without.points('W')[-1][1]:.1f}, against {with_it.points('W')[-1][1]:.1f} with renormalization",
+        f"starts at {without.points('gauge')[0][1]:.1f} and reaches {jump[1]:.1f}",
+        f"{with_it.final_loss:.2f} against {without.final_loss:.2f}",
+        f"{statistics.median(ratio):.1f} times the dense one, and {max(ratio):.1f} times at most",
+        f"between {ends['least']:.2f} and {ends['most']:.2f}",
+        f"never above {ends['top']:.4f}",
+        f"{start[1][1]:.0%} of the exact norm after one step, {start[20][1]:.0%} after 20",
+        f"{min(run['lowest']):.0%} of the exact norm at worst and {statistics.median(run['median']):.1%} in "
+        "the median",
+        f"from {low:.2f} to {high:.2f} into {low_0:.2f} to {high_0:.2f}",
+        f"{second_order():.1%} of eta",
+        f"{no_one} against {spectron_again} (± is a standard deviation over three seeds)",
+        f"{worst['five Newton-Schulz steps']:.2f} eta",
+        f"from {worst['||W|| = 2.6, five steps']:.2f} to {worst['||W|| = 2.6, weight decay 0.1']:.2f}",
+        f"rho falls to {split[16][0] / split[1][0]:.0%}",
+        f"{-difference:.3f} ± {half:.3f} lower (95% interval, {seeds} seeds)",
+        f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
+        *(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in signs[key].values())
+          for name, key in (("sign", "sign"), ("Spectron |", "spectron"))),
+        f"ends {min(signs['sign'].values()) - min(signs['spectron'].values()):.2f} above Spectron",
+        f"{min(divisors(0)):.1f} to {max(divisors(0)):.1f} at the start and {min(divisors()):.1f} to "
+        f"{max(divisors()):.1f} at the end",
+        f"five times its best, 1, Spectron ends at {log('spectron-lr1-seed0').final_loss:.2f}",
+        f"at four times its best, 0.2, at {log('orthogonalize-lr0.2-seed0').final_loss:.2f}",
+        f"{spectron.count(0.2)} of {len(SHAPES)} shapes", f"{muon.count(0.05)} of {len(SHAPES)} shapes",
+        f"a factor of {max(adamw) / min(adamw):g}",
+    ]
+
+
+DRAWN = {"costs": draw_costs, "jump": draw_jump, "newton-schulz": draw_newton_schulz, "power": draw_power,
+         "radius": draw_radius, "bound": draw_bound}
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("name", nargs="?", choices=["sigma", "bound"], metavar="NAME", help="sigma or bound")
+    parser.add_argument("--steps", type=positive, default=40, help="of sigma: steps to train (40)")
+    parser.add_argument("--json", type=Path, help="of sigma: also write every step to this file")
+    args = parser.parse_args(argv)
+    if args.name:
+        return sigma(args.steps, args.json) if args.name == "sigma" else bound()
+    for name, draw in DRAWN.items():
+        fig, message, setting = draw()
+        save(fig, PICTURES / f"{name}.png", message, setting)
+    print("\n".join(sentences()))
+
+
+if __name__ == "__main__":
+    main()
