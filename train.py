@@ -95,7 +95,7 @@ def find_method(name: str, args: dict) -> Method:
 # -------------------------------------------- Flags and defaults --------------------------------------------
 
 # --flag: how it is read, its default, its help; None follows from size, method or hardware, in new_run. A new
-# flag is a line here and, where it applies, a name in NANO below, in LOW_RANK_FLAGS or its neighbours of
+# flag is a line here and, where it applies, a name in NANO below, in LOW_RANK_FLAGS or those beside it in
 # lib/methods.py, in MAY_CHANGE and without_effect of lib/flags.py, and in UNTOLD of tools/plot.py.
 FLAGS_BY_TOPIC = {
     "the model and the method": {

@@ -46,8 +46,8 @@ def method(times: int = 1) -> Method:
         raise ValueError(f"times={times}, expected times=1 or times=2")
 
     optimizers = partial(spectron_optimizers, spectron=partial(EquilibratedSpectron, times=times))
-    on_factors = Tuned("equilibrated Muon on the factors", dict(renormalize=False), table="neighbours",
-                       nano_lr=0.05)
+    on_factors = Tuned("equilibrated Muon on the factors", dict(renormalize=False),
+                       table="equilibrated-tuned", nano_lr=0.05)
     flags = "renormalize", "power_steps", "shape_scale", "muon_lr"
     return Method(optimizers=optimizers, lr=0.05, nano_lr=0.2, tuned=(on_factors,), bounded=is_bounded,
                   flags=LOW_RANK_FLAGS + MUON_FLAGS + flags)

@@ -63,7 +63,7 @@ class GaLore(torch.optim.Optimizer):
 
 def method(rank: int = 0, scale: float = 0.25, gap: int = 200) -> Method:
     """rank 0 is a quarter of the model's width. ValueError for a gap or a rank that makes no sense."""
-    often = [Tuned("a gap of 10", {}, table="claims", nano_lr=2e-2)] if gap == 10 else []
+    often = [Tuned("a gap of 10", {}, table="settings", nano_lr=2e-2)] if gap == 10 else []
     return replace(projected(GaLore, 1e-2, rank, scale, gap), tuned=tuple(often))
 
 

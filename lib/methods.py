@@ -44,7 +44,7 @@ class Method:
     method(**method_args) that returns one of these."""
     optimizers: Callable  # (model, c) -> a list of optimizers that together hold every parameter once
     lr: float  # of the block matrices, at the paper's sizes
-    nano_lr: float  # the best of results/rivals/nano/table.md
+    nano_lr: float  # the best of results/methods/nano/table.md
     nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
     tuned: tuple = ()  # of Tuned, where other flags have another best: the first that fits the run
     flags: tuple = ()  # of train.py, that apply to this method and not to all

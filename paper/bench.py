@@ -37,7 +37,7 @@ from lib.optimizers import muon
 from lib.ranks import choose_device, native_bf16
 from model import SIZES, Llama, LlamaConfig
 from paper import runs
-from paper.arms import ARMS
+from paper.methods import METHODS
 from paper.experiments import EXPERIMENTS
 from paper.output import write, write_json
 from tools import machine, plan, prepare
@@ -47,14 +47,14 @@ RESULTS = runs.RESULTS / "bench"
 PAPER_STEP = 2**20  # tokens of a step at the paper's sizes
 
 
-def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
-    """The seconds of each arm. All are called once without a clock and then in turn, so that whatever else
+def in_turn(calls: dict, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each call. All are called once without a clock and then in turn, so that whatever else
     the machine does slows them alike."""
-    seconds = {name: [] for name in arms}
+    seconds = {name: [] for name in calls}
     for measured in [False] + rounds * [True]:
-        for name, arm in arms.items():
+        for name, call in calls.items():
             started = time.perf_counter()
-            arm()
+            call()
             for device in torch.cuda, torch.mps:
                 if device.is_available():
                     device.synchronize()
@@ -64,7 +64,7 @@ def in_turn(arms: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def rows(seconds: dict, amount: float = 0, unit: str = ""):
-    """The first arm beside each of the others: medians, and how many times as fast the first is."""
+    """The first call beside each of the others: medians, and how many times as fast the first is."""
     def speed(name):
         taken = median(seconds[name])
         return f"{amount / taken:,.1f} {unit}/s" if amount else f"{taken:.3g} s"
@@ -315,13 +315,13 @@ def predict(mfu: float, peak: float, link: float):
 
 
 def seconds(size: str, rounds=9):
-    """A step of one arm for each way to train that a table compares, on random tokens, without what a method
+    """A step of each method that a table compares, on random tokens, without what a method
     does between steps; above nano, where all would not fit into memory, of the two of equal wall-clock."""
     scale = runs.scale_of(size)
-    names = {name for e in EXPERIMENTS.values() if e.memory for name in e.arms} | {"self-guided-muon"}
-    trainers = {name: Trainer(" ".join(runs.flags_of(ARMS[name], scale)), random=True)
-                for name in ARMS if name in (names if scale.nano else ("spectron", "dense"))
-                and ARMS[name].steps == "same"}
+    names = {name for e in EXPERIMENTS.values() if e.memory for name in e.methods} | {"self-guided-muon"}
+    trainers = {name: Trainer(" ".join(runs.flags_of(METHODS[name], scale)), random=True)
+                for name in METHODS if name in (names if scale.nano else ("spectron", "dense"))
+                and METHODS[name].steps == "same"}
     times = in_turn({name: trainer.step for name, trainer in trainers.items()}, rounds)
     found = {name: float(f"{median(each):.4g}") for name, each in times.items()}
     path = runs.RESULTS / "seconds" / f"{size}.json"

@@ -8,7 +8,7 @@ import numpy as np
 
 from lib.methods import count_parameters
 from model import SIZES
-from paper.arms import ADAM_LRS, ARMS, RIVALS, TRANSFERRED
+from paper.methods import ADAM_LRS, METHODS, TRANSFERRED, WITH_ADAM
 from paper.output import save
 from paper.runs import RESULTS, Run, log_of, scale_of, seconds_per_step
 from tools import plot
@@ -27,15 +27,15 @@ MOST = 8  # curves with a legend; more have labels beside them, and the colours 
 FAMILIES = {"orthogonalized updates": BLUE, "AdamW": RED, "momentum, not orthogonalized": GREY}
 
 
-def look(arm: str) -> dict:
-    colour, marker, line = LOOKS.get(arm) or LOOKS[arm.removesuffix("-ffn").removesuffix("-flops")]
+def look(method: str) -> dict:
+    colour, marker, line = LOOKS.get(method) or LOOKS[method.removesuffix("-ffn").removesuffix("-flops")]
     return {"color": colour, "marker": marker, "ls": line}
 
 
-def family(arm: str) -> str:
-    """How the block matrices of an arm are updated, by its flags."""
-    flags = ARMS[arm].flags
-    adam = "muon" not in flags and any(name in flags for name in ("adamw", "self-guided", *RIVALS))
+def family(method: str) -> str:
+    """How the block matrices of a method are updated, by its flags."""
+    flags = METHODS[method].flags
+    adam = "muon" not in flags and any(name in flags for name in ("adamw", "self-guided", *WITH_ADAM))
     if "--no-orthogonalize" in flags:
         return "momentum, not orthogonalized"
     return "AdamW" if adam else "orthogonalized updates"
@@ -83,15 +83,15 @@ def label_points(ax, points) -> None:
 
 
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
-    """The validation loss of an arm over `each` times x: the mean over its seeds, and their band. The final
+    """The validation loss of a method over `each` times x: the mean over its seeds, and their band. The final
     one is of more tokens than those before it, so that it stands alone."""
     logs = [[(each * there, loss) for there, loss in log.points("val_loss", x)] for log in o.logs]
     if not logs:
         return
     columns = [(column[0][0], [loss for _, loss in column]) for column in zip(*logs)]
     xs, low, mean, high = zip(*((there, min(ys), sum(ys) / len(ys), max(ys)) for there, ys in columns))
-    style, c = look(o.arm), o.logs[0].config
-    ax.plot(xs[:-1], mean[:-1], label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
+    style, c = look(o.method), o.logs[0].config
+    ax.plot(xs[:-1], mean[:-1], label=METHODS[o.method].label, ms=4, lw=1.6, **style)
     ax.fill_between(xs[:-1], low[:-1], high[:-1], color=style["color"], alpha=0.2, lw=0)
     ax.plot(xs[-1], o.mean, ms=8, mew=1.6, mfc="none", **style | {"ls": ""})
     of = "all" if c.get("final_eval_tokens", 10**8) >= 10**8 else f"{c['final_eval_tokens']:,} tokens"
@@ -111,7 +111,7 @@ def curves_and_gaps(found, scale):
     for row, o in enumerate(found):
         if o.losses:
             right.errorbar(100 * (o.mean / least - 1), row, xerr=100 * (o.sd or 0) / least, capsize=3, ms=6,
-                           **look(o.arm))
+                           **look(o.method))
     names = [textwrap.fill(o.label if o.losses else f"{o.label}: diverged", 18) for o in found]
     right.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.4, -0.6),
               xlabel="final loss over the lowest (%)\nmean and standard deviation of the seeds")
@@ -126,7 +126,7 @@ def figure5(found, scale):
     for o in (low, by_flops):
         curve(left, o, "flops")
     for o in (low, by_time):
-        curve(right, o, "step", seconds_per_step(o.arm, scale))
+        curve(right, o, "step", seconds_per_step(o.method, scale))
     left.set(xlabel="training FLOPs (executed)")
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("e+", "e"))
     right.set(xlabel="seconds of training (as paper.bench timed the steps)", ylabel="")
@@ -139,7 +139,7 @@ def loss_over_lr(found, scale):
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
     top = min(losses + [1]) * 2 if len(losses) < 2 else min(losses) + 0.8 * (max(losses) - min(losses))
     for o in found:
-        style, label = look(o.arm), ARMS[o.arm].label if len(found) <= MOST else None
+        style, label = look(o.method), METHODS[o.method].label if len(found) <= MOST else None
         shown = [(lr, min(top, loss if loss is not None else top)) for lr, loss in o.grid.items()]
         ax.plot(*zip(*shown), label=label, ms=5, lw=1.5, **style)
         lost = [lr for lr, loss in o.grid.items() if loss is None]
@@ -147,7 +147,7 @@ def loss_over_lr(found, scale):
         if o.lr:
             ax.plot(o.lr, o.grid[o.lr], ls="", marker="o", ms=13, mfc="none", color=style["color"])
     ax.axhline(top, color="0.6", lw=0.8)
-    for lr in (0.001, 0.01) if any(o.arm == "adamw" for o in found) else ():  # Figure 12's
+    for lr in (0.001, 0.01) if any(o.method == "adamw" for o in found) else ():  # Figure 12's
         ax.axvline(lr, color="0.5", lw=1, ls="--")
         ax.text(lr, 0.02, f" the paper's {lr:g}", transform=ax.get_xaxis_transform(), va="bottom", fontsize=8,
                 color="0.35")
@@ -159,7 +159,7 @@ def loss_over_lr(found, scale):
     name_lrs(ax, {lr for o in found for lr in o.grid})
     if len(found) > MOST:
         ax.set_ylim(bottom=min(losses) - 0.14 * (top - min(losses)))
-        label_points(ax, [(o.lr, o.grid[o.lr], o.label, look(o.arm)["color"]) for o in found if o.lr])
+        label_points(ax, [(o.lr, o.grid[o.lr], o.label, look(o.method)["color"]) for o in found if o.lr])
     return fig
 
 
@@ -178,8 +178,8 @@ def name_ticks(axis, ticks) -> None:
     axis.set_minor_formatter("")
 
 
-def loss_by_arm(found, scale):
-    """A row for each arm: the loss at its best learning rate, and small those at its others."""
+def loss_by_method(found, scale):
+    """A row for each method: the loss at its best learning rate, and small those at its others."""
     fig, (ax,) = panels(1, 9.5, 0.9 + 0.33 * len(found))
     for row, o in enumerate(found):
         others = [loss for loss in o.grid.values() if loss is not None]
@@ -193,25 +193,25 @@ def loss_by_arm(found, scale):
 
 def transfer(found, scale):
     """A panel for each method: how far each width and rank ends above its own best loss."""
-    by_name = {o.arm: o for o in found}
+    by_name = {o.method: o for o in found}
     fig, axes = panels(len(TRANSFERRED), 12.5, sharey=True)
-    for ax, (method, arms) in zip(axes, TRANSFERRED.items()):
-        for i, o in enumerate(by_name[arm] for arm in arms):
+    for ax, (method, shapes) in zip(axes, TRANSFERRED.items()):
+        for i, o in enumerate(by_name[shape] for shape in shapes):
             shown = [(lr, loss - o.grid[o.lr]) for lr, loss in o.grid.items() if loss is not None]
-            _, size, ratio = o.arm.split("@")
+            _, size, ratio = o.method.split("@")
             ax.plot(*zip(*shown), color=COLOURS[i], marker="osvD^P"[i], ms=4, lw=1.4,
                     ls="-" if ratio == "0.25" else "--", label=f"width {size[7:]}, rank ratio {ratio}")
-        ax.set(xscale="log", xlabel=f"learning rate of {ARMS[method].label}", ylim=(-0.02, 0.5))
-        name_lrs(ax, {lr for arm in arms for lr in by_name[arm].grid})
+        ax.set(xscale="log", xlabel=f"learning rate of {METHODS[method].label}", ylim=(-0.02, 0.5))
+        name_lrs(ax, {lr for shape in shapes for lr in by_name[shape].grid})
     axes[0].set_ylabel(f"final loss above the curve's best\n({unit(found)})")
     return fig
 
 
 def loss_over_adam_lr(found, scale):
     """A row for each method: the loss at its best adam_lr, and how far above it ends at the others."""
-    by_name, rows = {o.arm: o for o in found}, {}
-    for base, lr, adam_lr, arm in ADAM_LRS:
-        rows.setdefault((base, lr), {})[adam_lr] = by_name[arm].grid.get(lr)
+    by_name, rows = {o.method: o for o in found}, {}
+    for base, lr, adam_lr, method in ADAM_LRS:
+        rows.setdefault((base, lr), {})[adam_lr] = by_name[method].grid.get(lr)
     columns = sorted({adam_lr for losses in rows.values() for adam_lr in losses})
     fig, (ax,) = panels(1, 9.5, 1.5 + 0.26 * len(rows))
     ax.grid(False)
@@ -226,7 +226,8 @@ def loss_over_adam_lr(found, scale):
     ax.set(xlabel="learning rate of embedding, head and norms\nwhite: final loss at the best "
            f"({unit(found)}); black: how far above it", xticks=range(len(columns)),
            xticklabels=[f"{x:g}" for x in columns], yticks=range(len(rows)),
-           yticklabels=[f"{ARMS[base].label}, lr {lr:g}" for base, lr in rows], ylim=(len(rows) - 0.4, -0.6))
+           yticklabels=[f"{METHODS[base].label}, lr {lr:g}" for base, lr in rows],
+           ylim=(len(rows) - 0.4, -0.6))
     return fig
 
 
@@ -234,11 +235,11 @@ def loss_over_memory(found, scale):
     fig, (ax,) = panels(1, 9.5, 5)
     for o in found:
         ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=6, fmt="o",
-                    color=FAMILIES[family(o.arm)], label=family(o.arm))
+                    color=FAMILIES[family(o.method)], label=family(o.method))
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
     name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
-    label_points(ax, [(o.memory["all"] / 1e6, o.mean, o.label, FAMILIES[family(o.arm)])
+    label_points(ax, [(o.memory["all"] / 1e6, o.mean, o.label, FAMILIES[family(o.method)])
                       for o in sorted(found, key=lambda o: o.mean)])
     return fig
 
@@ -247,8 +248,8 @@ def over_parameters(ax, found, scale, ys: list) -> list[float]:
     """A line for the low-rank models and one for the dense, over parameters, which it returns."""
     xs, half = [], len(found) // 2
     for o in found:
-        c = SIZES[ARMS[o.arm].size or scale.size]
-        xs.append(count_parameters(replace(c, rank_ratio=None) if o.arm.startswith("dense") else c))
+        c = SIZES[METHODS[o.method].size or scale.size]
+        xs.append(count_parameters(replace(c, rank_ratio=None) if o.method.startswith("dense") else c))
     ax.plot(xs[:half], ys[:half], label="Spectron, low-rank", ms=6, lw=1.6, **look("spectron"))
     ax.plot(xs[half:], ys[half:], label="Muon, dense", ms=6, lw=1.6, **look("dense"))
     return xs
@@ -280,10 +281,10 @@ def norm_curves(ax, found, key: str) -> None:
     """Without the last step, whose learning rate is nearly zero; beside dW the learning rate of Spectron."""
     for o in found:
         xs, ys = zip(*[(x, y) for x, y in o.logs[0].points(key)[:-1] if y > 0])
-        style = look(o.arm)
-        ax.plot(xs, ys, color=style["color"], lw=1.5, label=ARMS[o.arm].label)
+        style = look(o.method)
+        ax.plot(xs, ys, color=style["color"], lw=1.5, label=METHODS[o.method].label)
         ax.plot(xs[-1], ys[-1], color=style["color"], marker=style["marker"], ms=5)
-    if key == "dW" and found[0].arm == "spectron":
+    if key == "dW" and found[0].method == "spectron":
         ax.plot(*zip(*found[0].logs[0].points("lr")[:-1]), color=BLUE, lw=1.2, ls="--",
                 label="Spectron's learning rate, its bound")
 

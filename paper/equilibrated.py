@@ -1,5 +1,5 @@
 """Equilibrated Spectron beside Spectron in every setting where both were tuned alike, and how even the rows
-of an orthogonalized momentum are, by kind of matrix and by step. What else was tried is in candidates.md.
+of an orthogonalized momentum are, by kind of matrix and by step. What else was tried is in ideas.md.
 
     python -m paper.equilibrated               all of results/equilibrated, from the logs that are there
     python -m paper.equilibrated --again       with rows.json made again, by training nano for 200 steps
@@ -140,7 +140,7 @@ def everywhere(again: bool = False) -> None:
     found = {label: outcomes_of("equilibrated", scale) for label, scale in SETTINGS.items()}
     write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
           f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n"
-          + Path(__file__).with_name("candidates.md").read_text("utf-8"))
+          + Path(__file__).with_name("ideas.md").read_text("utf-8"))
     save(figure(found), WHERE / "figure.png",
          "Equilibrated Spectron has lower loss in all settings of 200 steps; after 800 no gain is certain",
          "Size nano where not said; the colours are those of the settings at the left")

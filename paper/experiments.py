@@ -14,7 +14,7 @@ import torch
 import train
 from model import ALIASES, Llama, LlamaConfig
 from paper import draw
-from paper.arms import ADAM_LRS, ARMS, CLAIMS, DEARER, LADDERS, MOMENTA, RIVALS, TRANSFERRED
+from paper.methods import ADAM_LRS, DEARER, LADDERS, METHODS, MOMENTA, SETTINGS, TRANSFERRED, WITH_ADAM
 from paper.output import read_json
 from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step, tried
 from tools import plan
@@ -28,7 +28,7 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of s
 @dataclass
 class Outcome:
     """One method at one scale: its learning rates, and its best one over the seeds."""
-    arm: str
+    method: str
     grid: dict  # lr -> validation loss of seed 0, None where it diverged
     lr: float | None  # the best
     by_seed: dict  # seed -> validation loss at that lr, None where it diverged
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def label(self) -> str:
-        return ARMS[self.arm].label
+        return METHODS[self.method].label
 
     @property
     def losses(self) -> list[float]:
@@ -119,14 +119,14 @@ def same_shape(found):
 
 def guided_with_muon(found):
     """Self-guided training with Muon against itself with AdamW, and against Spectron."""
-    arms = {o.arm: o for o in found}
-    return [(arms[name], arms["self-guided-muon"]) for name in ("spectron", "self-guided")]
+    methods = {o.method: o for o in found}
+    return [(methods[name], methods["self-guided-muon"]) for name in ("spectron", "self-guided")]
 
 
 @dataclass
 class Experiment:
     """A table or figure of the paper; what it says is in experiments.md."""
-    arms: list | tuple  # in the paper's order, the best first
+    methods: list | tuple  # in the paper's order, the best first
     figure: Callable  # (outcomes, scale) -> matplotlib figure
     few: bool = False  # three learning rates for each method, as they are many or cost much
     single: bool = False  # one seed, though other experiments may have given some methods more
@@ -150,19 +150,20 @@ EXPERIMENTS = {
         ("spectron", "orthogonalize", "renormalize", "neither", "self-guided", "self-guided-muon", "adamw",
          "dense", "dense-adamw"), draw.loss_over_lr, pairs=guided_with_muon),
     "equilibrated": Experiment(("spectron", "equilibrated"), draw.loss_over_lr),
-    "neighbours": Experiment(
+    "equilibrated-tuned": Experiment(
         ("equilibrated", "equilibrated-2", "spectron", "equilibrated-muon", "orthogonalize", "lora-muon",
          "dense", "self-guided-muon-flops"), draw.loss_over_lr, memory=True),
-    "rivals": Experiment(
-        ("spectron", "equilibrated", "adamw", "self-guided", *RIVALS, "orthogonalize", "renormalize",
+    "methods": Experiment(
+        ("spectron", "equilibrated", "adamw", "self-guided", *WITH_ADAM, "orthogonalize", "renormalize",
          "neither", "dense", "dense-adamw"), draw.loss_over_memory, memory=True),
-    "rivals-flops": Experiment(
+    "methods-flops": Experiment(
         ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory,
         few=True, memory=True),
-    "claims": Experiment(CLAIMS, draw.loss_by_arm, few=True, single=True, pairs=None),
+    "settings": Experiment(SETTINGS, draw.loss_by_method, few=True, single=True, pairs=None),
     "transfer": Experiment(sum(TRANSFERRED.values(), []), draw.transfer, single=True, pairs=None),
-    "adam_lr": Experiment([arm for *_, arm in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
-    "momentum": Experiment([arm for *_, arm in MOMENTA], draw.loss_by_arm, few=True, single=True, pairs=None),
+    "adam_lr": Experiment([name for *_, name in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
+    "momentum": Experiment([name for *_, name in MOMENTA], draw.loss_by_method, few=True, single=True,
+                           pairs=None),
     "fig2": Experiment(("adamw", "dense-adamw"), draw.figure2),
     "fig3": Experiment(("spectron", "orthogonalize", "adamw"), draw.figure3),
     "fig13": Experiment(("spectron-ffn", "self-guided-ffn", "adamw-ffn"), **CURVES, few=True),
@@ -172,18 +173,19 @@ EXPERIMENTS = {
 }
 
 
-def arms_and_scale(name: str, scale: Scale) -> tuple[list | tuple, Scale]:
+def methods_and_scale(name: str, scale: Scale) -> tuple[list | tuple, Scale]:
     """The methods of an experiment, and a scale with as many learning rates and seeds as it has."""
     e = EXPERIMENTS[name]
-    return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,
+    return e.methods or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,
                                             seeds=1 if e.single else scale.seeds)
 
 
 def outcomes_of(name: str, scale: Scale) -> list[Outcome]:
     """At nano the paper's perplexities are those of its smallest main model."""
     size = "134M" if scale.size == "nano" else ALIASES.get(scale.size, scale.size)
-    arms, scale = arms_and_scale(name, scale)
-    found = [outcome(arm, scale) for arm in arms]
+    methods, scale = methods_and_scale(name, scale)
+    found = [outcome(method, scale) for method in methods]
     for o in found:
-        o.paper, o.seconds = PAPER.get(name, {}).get(size, {}).get(o.arm), seconds_per_step(o.arm, scale)
+        o.paper = PAPER.get(name, {}).get(size, {}).get(o.method)
+        o.seconds = seconds_per_step(o.method, scale)
     return found

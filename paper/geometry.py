@@ -25,13 +25,13 @@ from lib.methods import block_matrices
 from lib.ranks import choose_device
 from model import Llama
 from paper import draw, logs, runs
-from paper.arms import ARMS
+from paper.methods import METHODS
 from paper.experiments import SAID, outcome
 from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import OUT, RESULTS, Run
 
 WHERE = RESULTS / "geometry"
-ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
+METHODS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
              "sltrain", "relora", "sct", "tsvd", "cola")
 FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most other methods have
 STEPS, KEPT, SEEDS = 200, 50, 3
@@ -123,12 +123,12 @@ def cosine(X: Tensor, Y: Tensor) -> float:
     return float(F.cosine_similarity(X, Y, dim=-1).mean())
 
 
-def lr_of(arm: str) -> float:
-    return outcome(arm, runs.scale_of("nano")).lr
+def lr_of(method: str) -> float:
+    return outcome(method, runs.scale_of("nano")).lr
 
 
-def checkpoint(arm: str, seed: int, step: int) -> dict:
-    return load_checkpoint(OUT / SCALE.name / Run(arm, lr_of(arm), seed).name / f"ckpt-{step:06}.pt")
+def checkpoint(method: str, seed: int, step: int) -> dict:
+    return load_checkpoint(OUT / SCALE.name / Run(method, lr_of(method), seed).name / f"ckpt-{step:06}.pt")
 
 
 def materialised(model) -> dict[str, Tensor] | None:
@@ -161,19 +161,19 @@ class Loss:
                                self.y.flatten()).item()
 
 
-def measure(arm: str, seed: int, step: int) -> dict:
+def measure(method: str, seed: int, step: int) -> dict:
     """Every metric of one checkpoint; where there is no W, those of activations."""
-    saved, device = checkpoint(arm, seed, step), choose_device()
+    saved, device = checkpoint(method, seed, step), choose_device()
     model, full = (load_model(c, device).eval() for c in (saved, checkpoint(FULL, seed, step)))
     loss = Loss(model.config, saved["config"])
-    found = {"arm": arm, "seed": seed, "step": step} | compared(model, full, loss.x)
+    found = {"method": method, "seed": seed, "step": step} | compared(model, full, loss.x)
     here = materialised(model)
     if here is None:
         return found
     weights = list(here.values())
     found |= {"loss": loss(weights)} | landscape(loss, weights)
     found["dense_barrier"] = barrier(loss, weights, list(materialised(full).values()))
-    before = materialised(load_model(checkpoint(arm, seed, step - KEPT), device)) if step > KEPT else None
+    before = materialised(load_model(checkpoint(method, seed, step - KEPT), device)) if step > KEPT else None
     if before:
         found["consecutive_barrier"] = barrier(loss, list(before.values()), weights)
     return found | spectra(here, before)
@@ -228,18 +228,19 @@ def spectra(here: dict, before: dict | None) -> dict:
 
 def basins() -> dict:
     """The barrier between each two methods after the last step of seed 0."""
-    models = {arm: load_model(checkpoint(arm, 0, STEPS), choose_device()) for arm in ARMS_HERE}
-    weights = {arm: list(found.values()) for arm, model in models.items() if (found := materialised(model))}
+    models = {method: load_model(checkpoint(method, 0, STEPS), choose_device()) for method in METHODS_HERE}
+    weights = {method: list(found.values()) for method, model in models.items()
+               if (found := materialised(model))}
     loss = Loss(models[FULL].config, checkpoint(FULL, 0, STEPS)["config"])
     return {f"{a} {b}": barrier(loss, weights[a], weights[b]) for a, b in combinations(weights, 2)}
 
 
 def make() -> None:
-    wanted = [Run(arm, lr_of(arm), seed) for seed in range(SEEDS) for arm in ARMS_HERE]
+    wanted = [Run(method, lr_of(method), seed) for seed in range(SEEDS) for method in METHODS_HERE]
     runs.make_all(wanted, SCALE)
     for run in wanted:
         if run.name not in logs.read(WHERE / "values.jsonl"):
-            found = [measure(run.arm, run.seed, step) for step in range(KEPT, STEPS + 1, KEPT)]
+            found = [measure(run.method, run.seed, step) for step in range(KEPT, STEPS + 1, KEPT)]
             logs.add(WHERE / "values.jsonl", run.name, found)
             print(run.name, flush=True)
     if not (WHERE / "basins.json").is_file():
@@ -256,42 +257,42 @@ def cell(seeds: list, key: str) -> str:
 
 def barriers() -> str:
     between = read_json(WHERE / "basins.json")
-    arms = [arm for arm in ARMS_HERE if any(arm in pair.split() for pair in between)]
-    return markdown(["", *(ARMS[arm].label for arm in arms)], [
-        [ARMS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
-                          for b in arms)] for a in arms])
+    methods = [method for method in METHODS_HERE if any(method in pair.split() for pair in between)]
+    return markdown(["", *(METHODS[method].label for method in methods)], [
+        [METHODS[a].label, *("" if a == b else f"{between.get(f'{a} {b}', between.get(f'{b} {a}')):.2f}"
+                          for b in methods)] for a in methods])
 
 
 def figure(found: dict, dimension: str):
     """A row for each method and a panel for each metric: mean and standard deviation over the seeds at the
     last checkpoint, and the means before it."""
     keys = {label: key for label, key in DIMENSIONS[dimension].items() if key not in IN_TABLE_ONLY}
-    found = {arm: seeds for arm, seeds in found.items() if set(keys.values()) & set(seeds[0][-1])}
+    found = {method: seeds for method, seeds in found.items() if set(keys.values()) & set(seeds[0][-1])}
     fig, axes = draw.panels(len(keys), 2.4 * len(keys) + 1.6, 1.3 + 0.24 * len(found), sharey=True)
     for ax, (label, key) in zip(axes, keys.items()):
-        for row, (arm, seeds) in enumerate(found.items()):
+        for row, (method, seeds) in enumerate(found.items()):
             values = np.array([[c[key] for c in seed if key in c] for seed in seeds])
-            kind, spread = draw.family(arm), values[:, -1].std(ddof=1) if len(seeds) > 1 else 0
+            kind, spread = draw.family(method), values[:, -1].std(ddof=1) if len(seeds) > 1 else 0
             ax.plot(values.mean(0)[:-1], [row] * (values.shape[1] - 1), ".", color="0.6", ms=4)
             ax.errorbar(values[:, -1].mean(), row, xerr=spread, fmt="o", ms=6, capsize=3, label=kind,
                         color=draw.FAMILIES[kind])
         ax.set_xlabel(label, fontsize=10)
         ax.locator_params(axis="x", nbins=3)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes[0].set(yticks=range(len(found)), yticklabels=[ARMS[arm].label for arm in found],
+    axes[0].set(yticks=range(len(found)), yticklabels=[METHODS[method].label for method in found],
                 ylim=(len(found) - 0.5, -0.5))
     return fig
 
 
 def report() -> None:
-    found = {arm: [] for arm in ARMS_HERE}  # arm -> a list of seeds, each a list of checkpoints
+    found = {method: [] for method in METHODS_HERE}  # method -> a list of seeds, each a list of checkpoints
     for seed in logs.read(WHERE / "values.jsonl").values():
-        found[seed[0]["arm"]].append(seed)
+        found[seed[0]["method"]].append(seed)
     parts = ["# Eighteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
              f"after {STEPS} steps, mean ± standard deviation over the seeds. `python -m paper.geometry`\n"]
     for name, keys in DIMENSIONS.items():
-        rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
-                for arm, seeds in found.items()]
+        rows = [[METHODS[method].label, *(cell(seeds, key) for key in keys.values())]
+                for method, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
         save(figure(found, name), WHERE / f"{name}.png", SAID[name]["message"], f"nano, {STEPS} steps, each "
              f"method at its best learning rate; mean and standard deviation of {SEEDS} seeds after the last "

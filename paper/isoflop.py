@@ -20,7 +20,7 @@ import torch
 from lib.methods import count_parameters, flops_per_token, split_parameters
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig
 from paper import laws, logs, runs
-from paper.arms import ARMS, Arm
+from paper.methods import METHODS, Method
 from paper.laws import Law, Points
 from paper.output import markdown
 from paper.runs import Run, Scale
@@ -34,8 +34,8 @@ REPEATED = 3  # sizes around each minimum that have as many seeds at their adam_
 CHECKED = {4.7e11: ("nano-2x32", "nano-2x96"), 4.5e12: ("nano-2x96",)}  # at other learning rates, too:
 TIMES = 0.5, 2
 KINDS = {  # the learning rate is that of a run of 1,000 steps
-    "spectron": Arm("low-rank, Spectron", "--momentum 0.9", 0.037, swept=False),
-    "dense": Arm("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}
+    "spectron": Method("low-rank, Spectron", "--momentum 0.9", 0.037, swept=False),
+    "dense": Method("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}
 # The smallest and the largest width at each budget: six sizes around the best of the budget before, times the
 # root of the FLOPs, and more on a side where the best was the last or the last but one
 WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (64, 256)),
@@ -45,9 +45,9 @@ PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the pap
 
 
 def run(kind: str, size: str, budget: float, seed: int = 0, times: float = 1, adam_lr: float = BASE) -> Run:
-    """times: of the learning rate that a run of this length has. paper.runs then knows its arm."""
+    """times: of the learning rate that a run of this length has. paper.runs then knows its method."""
     name = f"{kind}-{size.removeprefix('nano-')}-{budget:g}" + f"-adam{adam_lr:g}" * (adam_lr != BASE)
-    ARMS[name] = replace(KINDS[kind], size=size, budget=budget,
+    METHODS[name] = replace(KINDS[kind], size=size, budget=budget,
                          flags=f"{KINDS[kind].flags} --adam_lr {adam_lr:g}")
     steps = round(budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step)  # as runs.steps_of
     return Run(name, float(f"{times * lr_of(kind, steps):.4g}"), seed)
@@ -187,8 +187,9 @@ def missing() -> str:
     rows = {(kind, row["size"]): row for kind in KINDS for row in rows_of(kind)}
     lines = []
     for budget in BUDGETS:
-        left = [ARMS[run.arm] for run in wanted(budget) if not runs.log_of(run, LADDER)]
-        pace = [rows.get(("dense" if "dense" in arm.flags else "spectron", arm.size)) for arm in left]
+        left = [METHODS[run.method] for run in wanted(budget) if not runs.log_of(run, LADDER)]
+        pace = [rows.get(("dense" if "dense" in method.flags else "spectron", method.size))
+                for method in left]
         hours = sum(budget * row["seconds"] / row["executed"] for row in pace if row) / 3600
         lines.append(f"{budget:.2g} FLOPs: {len(left)} runs are to be made, {hours:.2f} core-hours")
     return "\n".join([*lines, "That is known so far. The sweep decides on more values of adam_lr, on the "

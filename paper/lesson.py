@@ -31,7 +31,7 @@ from spectron import Spectron, newton_schulz, power_iteration
 from tools import machine, prepare
 
 PICTURES, RUNS = Path("docs/lesson"), Path("results/runs/nano.jsonl")
-NO_ONE = Path("results/equilibrated/candidates-200x4096.jsonl")  # its runs no1: the radius without its + 1
+NO_ONE = Path("results/equilibrated/ideas-200x4096.jsonl")  # its runs no1: the radius without its + 1
 NANO, MATRIX = SIZES["nano"], "blocks.2.attention.o_proj"
 ETA = 0.2
 

@@ -25,9 +25,9 @@ from paper.tables import prepare, report, words
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws", list(PAPER["table5"]))}
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
-REPORT = {"rivals": [{}], "rivals-flops": [{}], "claims": [{}], "table1": [{}], "table2": [{}, IMDB],
+REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{}], "table2": [{}, IMDB],
           "table3": [{}], "fig2": [{}], "fig3": [{}], "fig5": [{}], "fig6": [{}], "fig12": [{}],
-          "fig13": [{}], "transfer": [{}], "adam_lr": [{}], "neighbours": [{}],
+          "fig13": [{}], "transfer": [{}], "adam_lr": [{}], "equilibrated-tuned": [{}],
           "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
@@ -72,7 +72,7 @@ def main(argv=None):
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
-    parser.add_argument("--seeds", type=positive, help="runs at the best learning rate (3; neighbours 5)")
+    parser.add_argument("--seeds", type=positive, help="runs at the best lr (3; of equilibrated-tuned 5)")
     parser.add_argument("--lrs", type=positive, help="learning rates of each method (6 at nano, 3 above)")
     parser.add_argument("--data", help="token shards (those of train.py)")
     parser.add_argument("--steps", type=positive,
@@ -95,7 +95,7 @@ def main(argv=None):
             return module.main([args.name])
     if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
         return equilibrated.everywhere()
-    seeds = args.seeds or (5 if args.name == "neighbours" else 3)
+    seeds = args.seeds or (5 if args.name == "equilibrated-tuned" else 3)
     scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, seeds)
     wanted = [name for name in EXPERIMENTS if args.name in (name, "all")]
     if scale.nano and "fig7" in wanted:

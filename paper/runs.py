@@ -2,7 +2,7 @@
 
 A run is train.py as a user calls it. Its log, thinned, becomes a line of results/runs/<scale>.jsonl, from
 which every table and figure is made. A run that has a line is not made again, and one that was stopped goes
-on from its checkpoint in out/paper. Each arm has as many learning rates as the arms beside it; its best one
+on from its checkpoint in out/paper. Each method has as many learning rates as those beside it; its best one
 then gets the other seeds.
 """
 
@@ -28,27 +28,27 @@ from lib.cli import UserError
 from lib.files import lock
 from model import NANO_SIZES, Llama, LlamaConfig
 from paper import logs
-from paper.arms import ARMS, Arm
+from paper.methods import METHODS, Method
 from paper.logs import Log
 from paper.output import read_json
 from tools.plot import read_log
 
 RESULTS, OUT = Path("results"), Path("out/paper")
 SERIES = [float(f"{m}e{e}") for e in range(-9, 6) for m in (1, 2, 5)]  # learning rates: 1, 2, 5, 10, ...
-MOST_LRS = 15  # of an arm: around each arm's own, the series reaches as far
+MOST_LRS = 15  # of a method: around each method's own, the series reaches as far
 WIDER = 2  # times that a grid may grow where its best is at the edge
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where the arms are compared. Its name is that of its files: nano-imdb-bytes, S-300x131072."""
+    """Where the methods are compared. Its name is that of its files: nano-imdb-bytes, S-300x131072."""
     given: dict = field(hash=False)  # the flags of paper.reproduce that make it
     size: str
     name: str
     steps: int | None  # None: the paper's
     tokens_per_step: int
     data: str
-    lrs: int  # learning rates of each arm
+    lrs: int  # learning rates of each method
     seeds: int
     flags: tuple = ()
     halves: bool = False  # whether a log has the final loss on each half of the validation text
@@ -74,16 +74,17 @@ def scale_of(scale: str, data=None, steps=None, tokens_per_step=None, lrs=None, 
 
 
 def steps_of(name: str, scale: Scale) -> int:
-    """Those of the scale, or as many as cost what the arm's twin costs."""
-    arm = ARMS[name]
-    if arm.budget:
-        return max(1, round(arm.budget / flops_per_token(name, scale) / scale.tokens_per_step))
-    dense = "--method dense" in arm.flags
-    steps = scale.steps or train.paper_steps(arm.size or scale.size, dense and arm.steps == "flops")
-    if arm.steps == "same" or scale.steps is None and arm.steps == "flops":  # the paper's are equal in FLOPs
+    """Those of the scale, or as many as cost what the method's twin costs."""
+    method = METHODS[name]
+    if method.budget:
+        return max(1, round(method.budget / flops_per_token(name, scale) / scale.tokens_per_step))
+    dense = "--method dense" in method.flags
+    steps = scale.steps or train.paper_steps(method.size or scale.size, dense and method.steps == "flops")
+    # The paper's own steps are equal in FLOPs already.
+    if method.steps == "same" or scale.steps is None and method.steps == "flops":
         return steps
-    of = {"flops": flops_per_token, "time": seconds_per_step}[arm.steps]
-    twin, own = of(arm.twin, scale), of(name, scale)
+    of = {"flops": flops_per_token, "time": seconds_per_step}[method.steps]
+    twin, own = of(method.twin, scale), of(name, scale)
     if not (twin and own):
         raise UserError(f"nobody has timed {name!r}: python -m paper.bench seconds --scale {scale.size}")
     return max(1, round(steps * twin / own))
@@ -91,8 +92,8 @@ def steps_of(name: str, scale: Scale) -> int:
 
 @cache
 def flops_per_token(name: str, scale: Scale) -> float:
-    """Of the arm's first step; of a guided run, whose guide is there for half of the steps, the mean."""
-    c = train.resolve(train.parse(flags_of(ARMS[name], scale)))
+    """Of the method's first step; of a guided run, whose guide is there for half of the steps, the mean."""
+    c = train.resolve(train.parse(flags_of(METHODS[name], scale)))
     method = train.find_method(c.method, c.method_args)
     with torch.device("meta"):
         first = method.flops_per_token(Llama(LlamaConfig(**c.model), method.linear))
@@ -101,9 +102,9 @@ def flops_per_token(name: str, scale: Scale) -> float:
 
 
 def seconds_per_step(name: str, scale: Scale) -> float | None:
-    """Of an arm with these flags, as paper.bench timed it beside the others; None where it has not."""
+    """Of a method with these flags, as paper.bench timed it beside the others; None where it has not."""
     timed = (read_json(RESULTS / "seconds" / f"{scale.size}.json") or {}).get("seconds", {})
-    return next((timed[other] for other in timed if ARMS[other].flags == ARMS[name].flags), None)
+    return next((timed[other] for other in timed if METHODS[other].flags == METHODS[name].flags), None)
 
 
 def reproduce(name: str, scale: Scale) -> str:
@@ -112,21 +113,21 @@ def reproduce(name: str, scale: Scale) -> str:
     return " ".join(["python -m paper.reproduce", name, *given])
 
 
-def flags_of(arm: Arm, scale: Scale) -> list[str]:
-    """What every run of an arm has in common."""
-    return ["--size", arm.size or scale.size, *arm.flags.split(), "--data", scale.data,
+def flags_of(method: Method, scale: Scale) -> list[str]:
+    """What every run of a method has in common."""
+    return ["--size", method.size or scale.size, *method.flags.split(), "--data", scale.data,
             "--tokens_per_step", str(scale.tokens_per_step), *scale.flags]
 
 
 @dataclass(frozen=True)
 class Run:
-    arm: str
+    method: str
     lr: float
     seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
 
 
 def pack_of(scale: Scale) -> Path:
@@ -152,7 +153,7 @@ def is_finished(log: Path) -> bool:
 
 def command(run: Run, scale: Scale) -> list[str]:
     """What a user would type."""
-    steps = steps_of(run.arm, scale)
+    steps = steps_of(run.method, scale)
     gpus = 1 if scale.nano else torch.cuda.device_count()
     python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] \
         if gpus > 1 else [sys.executable]
@@ -162,7 +163,7 @@ def command(run: Run, scale: Scale) -> list[str]:
     if scale.steps and not scale.nano:  # shortened: validation should not take longer than training
         often += ["--eval_tokens", "1048576", "--final_eval_tokens", "10485760"]
     out = OUT / scale.name / run.name
-    return [*python, "train.py", *flags_of(ARMS[run.arm], scale), "--lr", f"{run.lr:g}",
+    return [*python, "train.py", *flags_of(METHODS[run.method], scale), "--lr", f"{run.lr:g}",
             "--seed", str(run.seed), "--steps", str(steps), *often, "--on_nonfinite", "record",
             "--out", str(out), "--resume", "auto"]
 
@@ -249,18 +250,18 @@ def score(run: Run, scale: Scale, tasks: tuple) -> None:
 
 
 def lrs_of(name: str, scale: Scale) -> list[float]:
-    """The learning rates that an arm starts from."""
-    if not ARMS[name].swept:
-        return [ARMS[name].lr]
-    start = SERIES.index(ARMS[name].lr) - (not scale.nano) - (scale.lrs - 1) // 2
+    """The learning rates that a method starts from."""
+    if not METHODS[name].swept:
+        return [METHODS[name].lr]
+    start = SERIES.index(METHODS[name].lr) - (not scale.nano) - (scale.lrs - 1) // 2
     return SERIES[start:start + scale.lrs]
 
 
 def tried(name: str, scale: Scale) -> tuple[dict[float, float | None], list[float]]:
-    """(what the learning rates came to with seed 0, those that are still to be made): those that the arm
+    """(what the learning rates came to with seed 0, those that are still to be made): those that the method
     starts from, and beyond an edge that is best at most WIDER more, whatever else was run."""
     found, wanted = {}, lrs_of(name, scale)
-    for _ in range(1 + WIDER * ARMS[name].swept):
+    for _ in range(1 + WIDER * METHODS[name].swept):
         there = {lr: log.final_loss for lr in wanted if (log := log_of(Run(name, lr), scale))}
         found = dict(sorted((found | there).items()))
         if missing := [lr for lr in wanted if lr not in there]:
@@ -285,7 +286,7 @@ def next_lr(losses: dict) -> float | None:
 
 
 def sweep(names: tuple, scale: Scale) -> None:
-    """Every arm over its learning rates, then its best with the other seeds."""
+    """Every method over its learning rates, then its best with the other seeds."""
     while missing := [Run(name, lr) for name in names for lr in tried(name, scale)[1]]:
         make_all(missing, scale)
     best = {name: best_of(tried(name, scale)[0]) for name in names}
@@ -303,8 +304,8 @@ def estimate(names: tuple, scale: Scale) -> str:
         return "all runs are there"
     flops = 0.0
     for name in missing + later:
-        untimed = ARMS[name].steps == "time" and not seconds_per_step(name, scale)  # then about its twin's
-        steps = steps_of(ARMS[name].twin if untimed else name, scale)
+        untimed = METHODS[name].steps == "time" and not seconds_per_step(name, scale)  # then about its twin's
+        steps = steps_of(METHODS[name].twin if untimed else name, scale)
         flops += flops_per_token(name, scale) * scale.tokens_per_step * steps
     return (f"{first - len(missing)} of {first} runs are there; {len(missing)} and up to {len(later)} "
             f"with other seeds are to be made, {flops:.2e} FLOPs")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lib.cli import UserError
 from paper import draw, runs
-from paper.arms import ARMS, TRANSFERRED
-from paper.experiments import EXPERIMENTS, SAID, arms_and_scale, gap, outcomes_of
+from paper.methods import METHODS, TRANSFERRED
+from paper.experiments import EXPERIMENTS, SAID, gap, methods_and_scale, outcomes_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
@@ -71,7 +71,7 @@ def step_ratios(low, dense) -> str:
     """Figure 2's ratio of the two steps of W."""
     rows = []
     for log, label in ((dense.logs[0], f"each at its best lr ({low.lr:g}, {dense.lr:g})"),
-                       (log_of(Run(dense.arm, low.lr), runs.scale_of("nano")), f"both at {low.lr:g}")):
+                       (log_of(Run(dense.method, low.lr), runs.scale_of("nano")), f"both at {low.lr:g}")):
         if log:
             ratios = [ratio for _, ratio in draw.ratios(low.logs[0], log, "dW")]
             rows.append([label, f"{statistics.median(ratios):.1f}", f"{max(ratios):.1f}", "10 to 30"])
@@ -81,12 +81,12 @@ def step_ratios(low, dense) -> str:
 def one_lr(found) -> str:
     """Of each method, the learning rate that is best for all its shapes, and what it costs them."""
     rows = []
-    for method, arms in TRANSFERRED.items():
-        grids = [(o.grid, o.lr) for o in found if o.arm in arms and o.lr]
+    for method, shapes in TRANSFERRED.items():
+        grids = [(o.grid, o.lr) for o in found if o.method in shapes and o.lr]
         above = {lr: [grid[lr] - grid[best] for grid, best in grids]
                  for lr in grids[0][0] if all(grid.get(lr) is not None for grid, _ in grids)}
         lr = min(above, key=lambda lr: sum(above[lr]))
-        rows.append([ARMS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
+        rows.append([METHODS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
                      f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
     return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
                      "largest"], rows)
@@ -121,18 +121,18 @@ def words(name: str, scale: Scale) -> dict:
 
 def prepare(name: str, scale: Scale, dry: bool = False) -> None:
     """Make every run that an experiment needs and that is missing; dry: only say how many."""
-    arms, own = arms_and_scale(name, scale)
-    print(f"{name}: {runs.estimate(arms, own)}", flush=True)
+    methods, own = methods_and_scale(name, scale)
+    print(f"{name}: {runs.estimate(methods, own)}", flush=True)
     if dry:
         return
     scored = EXPERIMENTS[name].tasks and not scale.nano
     if scored and not EVALS.is_dir():
         raise UserError(f"{name} scores HellaSwag, PIQA and ARC-Easy, and {EVALS} is not there: "
                         "python -m tools.download evals")
-    runs.sweep(arms, own)
+    runs.sweep(methods, own)
     for o in outcomes_of(name, scale) if scored else []:
         if o.lr:
-            runs.score(Run(o.arm, o.lr), scale, TASKS)
+            runs.score(Run(o.method, o.lr), scale, TASKS)
 
 
 def report(name: str, scale: Scale) -> None:

@@ -17,7 +17,7 @@ from functools import cached_property, partial
 import train
 from lib.cli import Parser, command, number
 from paper import runs
-from paper.arms import ARMS, PARTING, SHAPED
+from paper.methods import METHODS, PARTING, SHAPED
 from paper.experiments import T95
 from paper.output import markdown, write
 from paper.runs import RESULTS, Run, Scale, log_of
@@ -30,8 +30,8 @@ FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
 
 @dataclass(frozen=True)
 class Study:
-    """A method in a setting: an arm, where its search starts, and how many seeds it has in the end."""
-    arm: str
+    """A method in a setting: its name, where its search starts, and how many seeds it has in the end."""
+    method: str
     start: dict
     scale: Scale
     axes: tuple = ("lr", "adam_lr")
@@ -39,17 +39,17 @@ class Study:
 
     @cached_property
     def own(self) -> dict:
-        c = train.resolve(train.parse(runs.flags_of(ARMS[self.arm], self.scale)), 1)
+        c = train.resolve(train.parse(runs.flags_of(METHODS[self.method], self.scale)), 1)
         return {"adam_lr": c.adam_lr, "momentum": c.momentum, "beta1": 0.9}
 
     def run(self, point: dict, seed: int = 0) -> Run:
-        """paper.runs then knows its arm."""
-        arm, name = ARMS[self.arm], self.arm
+        """paper.runs then knows its method."""
+        method, name = METHODS[self.method], self.method
         for axis, value in point.items():
             if axis != "lr" and value != self.own[axis]:
                 name += f"-{axis.removesuffix('_lr')}{value:g}"
-                arm = replace(arm, flags=f"{arm.flags} {FLAGS[axis].format(value)}")
-        ARMS[name] = replace(arm, swept=False)
+                method = replace(method, flags=f"{method.flags} {FLAGS[axis].format(value)}")
+        METHODS[name] = replace(method, swept=False)
         return Run(name, point["lr"], seed)
 
     def log(self, point: dict, seed: int = 0):
@@ -98,7 +98,7 @@ USUAL = {"spectron": dict(lr=0.2, adam_lr=1e-2), "orthogonalize": dict(lr=0.05, 
 
 
 def of_shapes(method: str) -> list[Study]:
-    return [Study(arm, USUAL[method], NANO) for arm in SHAPED[method]]
+    return [Study(shape, USUAL[method], NANO) for shape in SHAPED[method]]
 
 
 def common(studies: list[Study]) -> list[float]:
@@ -123,11 +123,11 @@ def shapes_page() -> str:
                   for lr in common(studies)} for s in studies]
         one = min(common(studies), key=lambda lr: sum(losses[lr] for losses in found))
         above = [losses[one] - min(losses.values()) for losses in found]
-        summary.append([ARMS[method].label, ", ".join(f"{s.search[0]['lr']:g}" for s in studies), f"{one:g}",
-                        f"{statistics.mean(above):.3f}", f"{max(above):.3f}"])
+        summary.append([METHODS[method].label, ", ".join(f"{s.search[0]['lr']:g}" for s in studies),
+                        f"{one:g}", f"{statistics.mean(above):.3f}", f"{max(above):.3f}"])
         for s, losses in zip(studies, found):
             point, _, tried = s.search
-            rows.append([ARMS[s.arm].label, f"{point['adam_lr']:g}", str(tried),
+            rows.append([METHODS[s.method].label, f"{point['adam_lr']:g}", str(tried),
                          ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in losses.items()),
                          *divisors(s, point | {"lr": one})])
     return "\n".join([
@@ -156,9 +156,9 @@ def divisors(study: Study, point: dict) -> list[str]:
 def of_norms() -> dict[str, list[Study]]:
     """By setting: Spectron and Muon on the factors, lr tuned alone; at last both at twice their best lr."""
     at = dict(lr=0.2, adam_lr=3e-3), dict(lr=0.05, adam_lr=1e-2)
-    found = {short: [Study(arm, start, NANO, ("lr",)) for arm, start in zip(arms, at)]
-             for short, arms in PARTING.items()}
-    return found | {"twice": [Study(s.arm, s.search[0] | {"lr": 2 * s.search[0]["lr"]}, NANO, ())
+    found = {short: [Study(method, start, NANO, ("lr",)) for method, start in zip(methods, at)]
+             for short, methods in PARTING.items()}
+    return found | {"twice": [Study(s.method, s.search[0] | {"lr": 2 * s.search[0]["lr"]}, NANO, ())
                               for s in found["plain"]]}
 
 
@@ -171,7 +171,7 @@ def norms_page() -> str:
     for setting, studies in of_norms().items():
         losses = [[s.loss(s.search[0], seed) for seed in s.seeds] for s in studies]
         for s, own in zip(studies, losses):
-            rows.append([ARMS[s.arm].label + ", twice the best lr" * (setting == "twice"),
+            rows.append([METHODS[s.method].label + ", twice the best lr" * (setting == "twice"),
                          f"{s.search[0]['lr']:g}", f"{statistics.mean(own):.3f}",
                          f"{statistics.mean(own) - statistics.mean(losses[0]):+.3f}",
                          *divisors(s, s.search[0])])
@@ -217,7 +217,7 @@ def long_page() -> str:
             continue
         gaps = [a - b for a, b in zip(told, beside)]
         interval = T95[len(gaps)] * statistics.stdev(gaps) / len(gaps)**0.5
-        rows.append([f"{steps:,}", ARMS[method].label, ", ".join(f"{k} {v:g}" for k, v in point.items()),
+        rows.append([f"{steps:,}", METHODS[method].label, ", ".join(f"{k} {v:g}" for k, v in point.items()),
                      str(tried), f"{s.loss(point):.3f}",
                      f"{statistics.mean(told):.3f} ± {statistics.stdev(told):.3f}",
                      "" if s == first else f"{statistics.mean(gaps):+.3f} ± {interval:.3f}",
@@ -250,7 +250,7 @@ def plan(name: str, rate: float) -> str:
     for scale, wanted in PARTS[name][0]:
         left = missing(scale, wanted)
         tokens = scale.tokens_per_step * scale.steps
-        flops = sum(runs.flops_per_token(run.arm, scale) * tokens for run in left)
+        flops = sum(runs.flops_per_token(run.method, scale) * tokens for run in left)
         lines.append(f"{name}, {scale.name}, {wanted.args}: {len(left)} runs, {flops:.1e} FLOPs, "
                      f"{flops / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second")
     return "\n".join(lines)

@@ -16,11 +16,11 @@ SMALL = "nano-0.6M"
 
 @pytest.fixture
 def once(monkeypatch):
-    """Every arm is called once, without a warm-up, and takes a second."""
-    def in_turn(arms, rounds):
-        for arm in arms.values():
-            arm()
-        return {name: [1.0] for name in arms}
+    """Every method is called once, without a warm-up, and takes a second."""
+    def in_turn(methods, rounds):
+        for method in methods.values():
+            method()
+        return {name: [1.0] for name in methods}
     monkeypatch.setattr(bench, "in_turn", in_turn)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(ROOT)

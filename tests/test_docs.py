@@ -18,7 +18,7 @@ from conftest import ROOT
 from lib.methods import count_parameters
 from model import SIZES
 from paper import equilibrated, logs, runs
-from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
+from paper.methods import ADAM_LRS, METHODS, TRANSFERRED
 from paper.experiments import PAPER, gap, outcome
 from paper.output import read_json
 from paper.runs import Run, log_of, scale_of
@@ -82,7 +82,7 @@ def test_what_stands_beside_equilibrated_is_the_logs():
     for name, lr, value, own in ADAM_LRS:
         found.setdefault(name, {})[value] = log_of(Run(own, lr), NANO).final_loss
     worth = {name: losses[3e-3] - min(losses.values()) for name, losses in found.items()}
-    guided = [worth[name] for name in found if "self-guided" in name or ARMS[name].lr < 0.02
+    guided = [worth[name] for name in found if "self-guided" in name or METHODS[name].lr < 0.02
               and name != "orthogonalize"]
     says("docs/EQUILIBRATED.md", f"worth {worth['orthogonalize']:.3f} to Muon on the factors, and "
          f"{min(guided):.3f} to {max(guided):.3f} to")
@@ -104,8 +104,8 @@ def test_the_rows_that_become_less_even_are_counted():
 
 
 def test_what_did_not_work_is_the_logs():
-    path = equilibrated.WHERE / "candidates-200x4096.jsonl"
-    said, best = (ROOT / "paper/candidates.md").read_text("utf-8"), {}
+    path = equilibrated.WHERE / "ideas-200x4096.jsonl"
+    said, best = (ROOT / "paper/ideas.md").read_text("utf-8"), {}
     for name, words in {"half": "rows divided by the root", "after": "rows normalized after the polar",
                         "no1": "radius without", "exact": "radius from the exact",
                         "kinds": "ranks by kind of", "silu": "silu between the factors |",
@@ -178,10 +178,10 @@ def test_what_paper_md_says_of_nano_is_the_logs():
     fig2 = (ROOT / "results/fig2/nano/table.md").read_text("utf-8")
     assert "| both at 0.001 | 0.7 | 1.0 | 10 to 30 |" in fig2  # a test makes it again
     says("docs/PAPER.md", "0.7 in the median and 1.0 at most", "10 to 30 times")
-    best = {name: [outcome(arm, NANO).lr for arm in arms] for name, arms in TRANSFERRED.items()}
+    best = {name: [outcome(method, NANO).lr for method in methods] for name, methods in TRANSFERRED.items()}
     for name in "spectron", "orthogonalize":  # but for width 32, the first
         assert len(set(best[name])) == 2 and best[name][0] not in best[name][1:]
-    last = [log_of(Run(arm, 0.2), NANO).steps[-1] for arm in TRANSFERRED["spectron"]]
+    last = [log_of(Run(method, 0.2), NANO).steps[-1] for method in TRANSFERRED["spectron"]]
     divisors = [row["sigma_A"] + row["sigma_B"] + 1 for row in last]
     says("docs/PAPER.md", f"is {min(divisors):.1f} to {max(divisors):.1f} in every shape",
          f"by a factor of {max(best['adamw']) / min(best['adamw']):.0f}.")
@@ -218,7 +218,7 @@ def test_a_sharded_pair_is_refused():
 
 # ------------------------------------------- baselines/README.md --------------------------------------------
 
-METHODS = {"[Spectron]": "spectron", "Muon on the factors": "orthogonalize", "AdamW, *core*": "adamw",
+ROWS = {"[Spectron]": "spectron", "Muon on the factors": "orthogonalize", "AdamW, *core*": "adamw",
            "dense [Muon]": "dense", "dense AdamW": "dense-adamw", "[equilibrated]": "equilibrated",
            "the same, `optimizer=muon`": "self-guided-muon"}
 
@@ -227,7 +227,7 @@ def test_the_table_of_methods_has_every_file_and_the_logs_numbers():
     text = (ROOT / "baselines/README.md").read_text("utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
             if line.startswith("| ")][1:]
-    names = [next((arm for start, arm in METHODS.items() if row[0].startswith(start)), None)
+    names = [next((method for start, method in ROWS.items() if row[0].startswith(start)), None)
              or re.search(r"`([\w-]+)`", row[0])[1] for row in rows]
     files = {path.stem.replace("_", "-") for path in (ROOT / "baselines").glob("*.py")} - {"varied"}
     assert len(names) == len(set(names)) and files | set(train.METHODS) <= set(names)

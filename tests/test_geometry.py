@@ -88,17 +88,17 @@ def test_every_metric_is_measured_and_a_method_without_w_says_so(run, monkeypatc
     """Two short runs with numbered checkpoints, measured, written and drawn."""
     scale = geometry.replace(geometry.SCALE, name="g")
     for key, value in dict(KEPT=2, STEPS=4, SEEDS=1, SCALE=scale, OUT=tmp_path, WHERE=tmp_path / "r",
-                           DIRECTIONS=2, TOP=2, ARMS_HERE=("dense-adamw", "spectron", "cola")).items():
+                           DIRECTIONS=2, TOP=2, METHODS_HERE=("dense-adamw", "spectron", "cola")).items():
         monkeypatch.setattr(geometry, key, value)
-    monkeypatch.setattr(geometry, "lr_of", lambda arm: 1e-3)
+    monkeypatch.setattr(geometry, "lr_of", lambda method: 1e-3)
     made = []
-    for arm in geometry.ARMS_HERE:
-        r = Run(arm, 1e-3)
-        run("--method", arm, "--steps", 4, "--keep_every", 2, "--lr", 1e-3, "--adam_lr", 3e-3,
+    for method in geometry.METHODS_HERE:
+        r = Run(method, 1e-3)
+        run("--method", method, "--steps", 4, "--keep_every", 2, "--lr", 1e-3, "--adam_lr", 3e-3,
             out=f"g/{r.name}")
         assert sorted(p.name for p in (tmp_path / "g" / r.name).glob("ckpt-*")) == [
             "ckpt-000002.pt", "ckpt-000004.pt"]
-        made.append((r, [geometry.measure(arm, 0, step) for step in (2, 4)]))
+        made.append((r, [geometry.measure(method, 0, step) for step in (2, 4)]))
     keys = {key for group in geometry.DIMENSIONS.values() for key in group.values()}
     assert keys <= set(made[1][1][1]) and all(np.isfinite(made[1][1][1][key]) for key in keys)
     without = made[2][1][1]
@@ -134,6 +134,6 @@ def test_the_committed_page_is_what_the_committed_values_say(tmp_path, monkeypat
 
 def test_the_committed_values_are_of_each_methods_best_learning_rate(in_a_copy):
     """So that --measure has nothing to make."""
-    wanted = {Run(arm, geometry.lr_of(arm), seed).name for arm in geometry.ARMS_HERE
+    wanted = {Run(method, geometry.lr_of(method), seed).name for method in geometry.METHODS_HERE
               for seed in range(geometry.SEEDS)}
     assert wanted == set(logs.read(ROOT / "results/geometry/values.jsonl"))

@@ -19,7 +19,7 @@ from conftest import ROOT
 from lib.methods import count_parameters, flops_per_token
 from model import SIZES, Llama, LlamaConfig
 from paper import bench, draw, logs, scaling
-from paper.arms import ADAM_LRS
+from paper.methods import ADAM_LRS
 from paper.experiments import gap, outcome, outcomes_of
 from paper.isoflop import KINDS, gaps, noise
 from paper.logs import Log
@@ -110,8 +110,8 @@ def readme() -> list[tuple]:
     """(passage, its numbers), in the order of the page."""
     bounded, free = single("spectron-lr0.2-seed0"), single("orthogonalize-adam0.003-lr0.2-seed0")
     S, seeds = SIZES["S"], [first_run(seed).final_loss for seed in range(3)]
-    muon, adamw = best("orthogonalize"), {adam_lr: outcome(arm, NANO).grid[lr]
-                                          for name, lr, adam_lr, arm in ADAM_LRS if name == "adamw"}
+    muon, adamw = best("orthogonalize"), {adam_lr: outcome(method, NANO).grid[lr]
+                                          for name, lr, adam_lr, method in ADAM_LRS if name == "adamw"}
     fig2 = outcomes_of("fig2", NANO)
     orthogonalized = max(best(name).mean for name in ("spectron", "orthogonalize", "lora-muon"))
     with_adam = {name: best(name).mean for name in WITH_ADAM}

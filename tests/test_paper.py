@@ -22,7 +22,7 @@ import train
 from conftest import ROOT
 from model import NANO_SIZES, SIZES
 from paper import equilibrated, experiments, logs, output, reproduce, runs, tables
-from paper.arms import ARMS
+from paper.methods import METHODS
 from paper.runs import Run
 
 NANO = runs.scale_of("nano")
@@ -80,8 +80,8 @@ def test_the_ladder_of_nano_is_named_after_its_dense_parameters():
 def test_every_arm_of_a_comparison_starts_from_as_many_learning_rates():
     for name, e in experiments.EXPERIMENTS.items():
         for scale in NANO, runs.scale_of("S"):
-            arms, own = experiments.arms_and_scale(name, scale)
-            grids = [runs.lrs_of(arm, own) for arm in arms if ARMS[arm].swept]
+            methods, own = experiments.methods_and_scale(name, scale)
+            grids = [runs.lrs_of(method, own) for method in methods if METHODS[method].swept]
             assert {len(grid) for grid in grids} == {3 if e.few else scale.lrs}
             assert own.seeds == (1 if e.single else scale.seeds)
             assert all(b / a in (2, 2.5) for grid in grids for a, b in zip(grid, grid[1:]))
@@ -138,7 +138,7 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
         for run in wanted:
             if not runs.log_of(run, scale):
                 made.append(run)
-                store(run, 1.5 + abs(math.log(run.lr / ARMS[run.arm].lr / 2.5)) + run.seed / 100)
+                store(run, 1.5 + abs(math.log(run.lr / METHODS[run.method].lr / 2.5)) + run.seed / 100)
     monkeypatch.setattr(runs, "make_all", make_all)
     store(Run("adamw", 1e-3), 1.8)
     for lrs, wanted in (6, [2e-4, 5e-4, 2e-3, 5e-3, 1e-2]), (3, []):
@@ -152,7 +152,7 @@ def test_sweep_makes_what_is_missing_and_nothing_else(store, monkeypatch):
 
 
 def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
-    dense, spectron = (runs.flops_per_token(arm, NANO) for arm in ("dense", "spectron"))
+    dense, spectron = (runs.flops_per_token(method, NANO) for method in ("dense", "spectron"))
     assert runs.steps_of("dense-flops", NANO) == round(200 * spectron / dense) < 130
     guided = runs.flops_per_token("self-guided", NANO)  # whose guide is there for half of the steps
     assert spectron < guided < runs.flops_per_token("dense", NANO) + spectron
@@ -167,8 +167,8 @@ def test_equal_flops_and_equal_wall_clock_decide_the_steps(store):
 
 
 def test_differences_are_taken_seed_by_seed():
-    def outcome(arm, *losses):
-        return experiments.Outcome(arm, {}, 0.1, dict(enumerate(losses)), [])
+    def outcome(method, *losses):
+        return experiments.Outcome(method, {}, 0.1, dict(enumerate(losses)), [])
     a, near = outcome("spectron", 1.5, 1.6), outcome("adamw", 1.54, 1.66)
     assert experiments.gap(a, near) == pytest.approx((0.05, 12.7 * 0.01, 2), rel=1e-6)
     assert experiments.gap(outcome("adamw", 2.5), outcome("dense", 1.5)) == (-1.0, None, 1)
@@ -332,7 +332,7 @@ def test_above_nano_eval_scores_the_tasks_and_the_table_has_them(store, monkeypa
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(runs.subprocess, "run", evaluate)
     monkeypatch.setattr(runs, "make_all", lambda wanted, scale: [
-        store(run, 3 + abs(math.log(2 * run.lr / ARMS[run.arm].lr)), scale) for run in wanted])
+        store(run, 3 + abs(math.log(2 * run.lr / METHODS[run.method].lr)), scale) for run in wanted])
     with pytest.raises(runs.UserError, match="tools.download evals"):
         tables.prepare("table1", S)
     Path("data/evals").mkdir(parents=True)
@@ -471,7 +471,7 @@ def test_links_into_the_results_lead_to_a_file():
 @pytest.mark.parametrize("count", [1, 6, 15])
 def test_every_arm_has_as_many_learning_rates_as_asked_for(count):
     scale = runs.scale_of("nano", lrs=count)
-    assert {len(runs.lrs_of(name, scale)) for name, arm in ARMS.items() if arm.swept} == {count}
+    assert {len(runs.lrs_of(name, scale)) for name, method in METHODS.items() if method.swept} == {count}
 
 
 def test_figures_are_drawn_where_there_is_no_fcntl_and_a_foreign_backend(tmp_path):

@@ -47,7 +47,7 @@ def test_scaling_says_what_its_tables_say():
 def test_the_geometry_page_says_what_was_measured():
     last = {}
     for seed in logs.read(ROOT / "results/geometry/values.jsonl").values():
-        last.setdefault(seed[0]["arm"], []).append(seed[-1])
+        last.setdefault(seed[0]["method"], []).append(seed[-1])
 
     def mean(method, key):
         return statistics.mean(seed[key] for seed in last[method])

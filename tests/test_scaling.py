@@ -181,17 +181,17 @@ def test_the_study_makes_itself_from_nothing_smaller_budgets_first(monkeypatch, 
 
     def train_all(missing, scale):
         for run in missing:
-            arm, kind = isoflop.ARMS[run.arm], run.arm.split("-")[0]
-            cost = isoflop.cost(isoflop.config_of(arm.size, kind))
-            steps, adam_lr = runs.steps_of(run.arm, scale), float(arm.flags.split()[-1])
+            method, kind = isoflop.METHODS[run.method], run.method.split("-")[0]
+            cost = isoflop.cost(isoflop.config_of(method.size, kind))
+            steps, adam_lr = runs.steps_of(run.method, scale), float(method.flags.split()[-1])
             loss = TRUE(cost["total"] * 100, steps * 2e5) / 2 + 0.02 * np.log(
-                adam_lr / 2e-2 * (isoflop.SIZES[arm.size].dim / 30))**2 + 0.003 * draw.normal()
-            config = {"size": arm.size, "lr": run.lr, "adam_lr": adam_lr, "seed": run.seed, "steps": steps,
+                adam_lr / 2e-2 * (isoflop.SIZES[method.size].dim / 30))**2 + 0.003 * draw.normal()
+            config = {"size": method.size, "lr": run.lr, "adam_lr": adam_lr, "seed": run.seed, "steps": steps,
                       "model": {"vocab_size": 320}}
             logs.add(runs.pack_of(scale), run.name, [{"config": config}, {
                 "step": steps, "tokens": 512 * steps, "flops": steps * 512 * cost["flops"], "val_loss": loss,
                 "seconds": 1.0}])
-            made.append((arm.budget, kind, arm.size, adam_lr, run.seed))
+            made.append((method.budget, kind, method.size, adam_lr, run.seed))
     monkeypatch.setattr(runs, "make_all", train_all)
     isoflop.make()
     assert [budget for budget, *_ in made] == sorted(budget for budget, *_ in made)
@@ -248,7 +248,7 @@ def test_a_run_of_the_ladder_has_the_steps_that_its_budget_pays_for():
     """As paper.runs counts them from the flags of train.py."""
     for kind, size in ("spectron", "nano-2x48"), ("dense", "nano-2x128"):
         made = isoflop.run(kind, size, isoflop.BUDGETS[2])
-        steps = runs.steps_of(made.arm, isoflop.LADDER)
+        steps = runs.steps_of(made.method, isoflop.LADDER)
         assert made.lr == isoflop.lr_of(kind, steps)
         spent = steps * isoflop.LADDER.tokens_per_step * isoflop.cost(isoflop.config_of(size, kind))["flops"]
         assert spent == pytest.approx(isoflop.BUDGETS[2], rel=0.01)

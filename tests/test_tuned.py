@@ -11,7 +11,7 @@ import eval as evaluation
 import train
 from lib import norms
 from paper import logs, runs, tuned
-from paper.arms import ARMS
+from paper.methods import METHODS
 from paper.runs import Run, Scale
 from tools.plot import read_log
 
@@ -26,7 +26,7 @@ def made_up(monkeypatch, tmp_path):
 
     def make_all(missing, scale):
         for run in missing:
-            c = train.resolve(train.parse(runs.flags_of(ARMS[run.arm], scale)))
+            c = train.resolve(train.parse(runs.flags_of(METHODS[run.method], scale)))
             found = dict(lr=run.lr, adam_lr=c.adam_lr, momentum=c.momentum,
                          beta1=c.method_args.get("beta1", 0.9))
             loss = 1.5 + run.seed / 100 + sum(
@@ -46,12 +46,12 @@ def finish(study):
     return study.search
 
 
-@pytest.mark.parametrize("arm, axes", [("spectron", ("lr", "adam_lr", "momentum")),
+@pytest.mark.parametrize("method, axes", [("spectron", ("lr", "adam_lr", "momentum")),
                                        ("adamw", ("lr", "adam_lr", "beta1")), ("dense", ("lr",))])
-def test_the_search_ends_at_the_best_with_its_neighbours_run(made_up, arm, axes):
+def test_the_search_ends_at_the_best_with_its_neighbours_run(made_up, method, axes):
     usual = dict(lr=0.1, adam_lr=3e-3, momentum=0.7, beta1=0.9)
     start = {axis: usual[axis] for axis in axes}
-    study = tuned.Study(arm, start, tuned.NANO, axes)
+    study = tuned.Study(method, start, tuned.NANO, axes)
     point, missing, tried = finish(study)
     assert point == {axis: BEST[axis] for axis in axes} and not missing
     for axis in axes:
@@ -90,7 +90,7 @@ def test_a_run_with_the_flags_of_a_committed_arm_has_its_name():
     assert study.run(dict(lr=0.2, adam_lr=3e-3)) == Run("spectron@nano-2x32@0.25", 0.2)
     assert study.run(dict(lr=0.2, adam_lr=1e-2)).name == "spectron@nano-2x32@0.25-adam0.01-lr0.2-seed0"
     study = tuned.of_length(800, "spectron")
-    assert study.run(dict(lr=0.1, adam_lr=3e-3, momentum=0.5)).arm == "spectron-momentum0.5"
+    assert study.run(dict(lr=0.1, adam_lr=3e-3, momentum=0.5)).method == "spectron-momentum0.5"
 
 
 @pytest.mark.parametrize("factor", [dict(c=4), dict(beta1=0.8)])

@@ -1,4 +1,4 @@
-"""The rival methods of baselines/, each against its definition, and all through train.py, eval.py and the
+"""The methods of baselines/, each against its definition, and all through train.py, eval.py and the
 tools."""
 
 from types import SimpleNamespace

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """A row of a table: how it is trained, and the learning rate around which its grid lies."""
     label: str
     flags: str = ""
@@ -16,52 +16,54 @@ class Arm:
     budget: float = 0.0  # executed FLOPs, which then decide the steps
 
 
-ARMS = {
-    "spectron": Arm("Spectron"),
-    "orthogonalize": Arm("Muon on the factors", "--no-renormalize --adam_lr 0.01", 0.02),
-    "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
-    "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
-    "adamw": Arm("AdamW", "--method adamw", 1e-3),
-    "self-guided": Arm("self-guided, AdamW", "--method self-guided", 1e-3),
-    "self-guided-muon": Arm("self-guided, Muon", "--method self-guided --method_args optimizer=muon", 0.02),
-    "dense": Arm("dense, Muon", "--method dense", 0.02),
-    "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
-    "equilibrated": Arm("equilibrated Spectron", "--method equilibrated"),
-    "equilibrated-2": Arm("equilibrated Spectron, twice", "--method equilibrated --method_args times=2"),
-    "equilibrated-muon": Arm("equilibrated Muon on the factors", "--method equilibrated --no-renormalize",
+METHODS = {
+    "spectron": Method("Spectron"),
+    "orthogonalize": Method("Muon on the factors", "--no-renormalize --adam_lr 0.01", 0.02),
+    "renormalize": Method("renormalization only", "--no-orthogonalize", 0.05),
+    "neither": Method("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
+    "adamw": Method("AdamW", "--method adamw", 1e-3),
+    "self-guided": Method("self-guided, AdamW", "--method self-guided", 1e-3),
+    "self-guided-muon": Method("self-guided, Muon", "--method self-guided --method_args optimizer=muon",
+                               0.02),
+    "dense": Method("dense, Muon", "--method dense", 0.02),
+    "dense-adamw": Method("dense, AdamW", "--method dense-adamw", 1e-3),
+    "equilibrated": Method("equilibrated Spectron", "--method equilibrated"),
+    "equilibrated-2": Method("equilibrated Spectron, twice", "--method equilibrated --method_args times=2"),
+    "equilibrated-muon": Method("equilibrated Muon on the factors", "--method equilibrated --no-renormalize",
                              0.02),
-    "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
-    "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided "
+    "lora-muon": Method("LoRA-Muon", "--method lora-muon"),
+    "self-guided-muon-flops": Method("self-guided, Muon, equal FLOPs", "--method self-guided "
                                   "--method_args optimizer=muon", 0.02, "flops", "spectron"),
-    "galore": Arm("GaLore", "--method galore", 1e-2),
-    "fira": Arm("Fira", "--method fira", 1e-2),
-    "sltrain": Arm("SLTrain", "--method sltrain", 2e-3),
-    "relora": Arm("ReLoRA", "--method relora", 2e-3),
-    "sct": Arm("SCT", "--method sct", 1e-3),
-    "tsvd": Arm("TSVD-style", "--method tsvd", 1e-3),
-    "cola": Arm("CoLA", "--method cola", 2e-3),
-    "rank-0.125": Arm("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
-    "rank-0.4": Arm("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
-    "spectron-ffn": Arm("Spectron", "--factorize ffn"),
-    "adamw-ffn": Arm("AdamW", "--method adamw --factorize ffn", 1e-3),
-    "self-guided-ffn": Arm("self-guided, AdamW", "--method self-guided --factorize ffn", 1e-3),
-    "dense-flops": Arm("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
-    "dense-time": Arm("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
+    "galore": Method("GaLore", "--method galore", 1e-2),
+    "fira": Method("Fira", "--method fira", 1e-2),
+    "sltrain": Method("SLTrain", "--method sltrain", 2e-3),
+    "relora": Method("ReLoRA", "--method relora", 2e-3),
+    "sct": Method("SCT", "--method sct", 1e-3),
+    "tsvd": Method("TSVD-style", "--method tsvd", 1e-3),
+    "cola": Method("CoLA", "--method cola", 2e-3),
+    "rank-0.125": Method("Spectron, rank ratio 0.125", "--rank_ratio 0.125"),
+    "rank-0.4": Method("Spectron, rank ratio 0.4", "--rank_ratio 0.4"),
+    "spectron-ffn": Method("Spectron", "--factorize ffn"),
+    "adamw-ffn": Method("AdamW", "--method adamw --factorize ffn", 1e-3),
+    "self-guided-ffn": Method("self-guided, AdamW", "--method self-guided --factorize ffn", 1e-3),
+    "dense-flops": Method("dense, equal FLOPs", "--method dense", 0.02, "flops", "spectron"),
+    "dense-time": Method("dense, equal wall-clock", "--method dense", 0.02, "time", "spectron"),
 }
 
 
 def add(base: str, name: str, label: str = "", flags: str = "", **more) -> str:
     """A method like another, with more flags and more in its label; returns its name."""
-    arm = ARMS[base]
-    ARMS[name] = replace(arm, label=", ".join(filter(None, [arm.label, label])),
-                         flags=f"{arm.flags} {flags}".strip(), **more)
+    method = METHODS[base]
+    METHODS[name] = replace(method, label=", ".join(filter(None, [method.label, label])),
+                         flags=f"{method.flags} {flags}".strip(), **more)
     return name
 
 
 LADDERS = {"nano": ["nano-0.6M", "nano-1.5M", "nano", "nano-7.3M"], "paper": ["134M", "500M", "780M"]}
 for size in [size for ladder in LADDERS.values() for size in ladder if size != "nano"]:
-    ARMS[f"spectron@{size}"] = Arm(f"Spectron {size}", size=size)
-    ARMS[f"dense@{size}"] = Arm(f"dense {size}", "--method dense", 0.02, "flops", f"spectron@{size}", size)
+    METHODS[f"spectron@{size}"] = Method(f"Spectron {size}", size=size)
+    METHODS[f"dense@{size}"] = Method(f"dense {size}", "--method dense", 0.02, "flops", f"spectron@{size}",
+                                      size)
 
 SHAPES = [*((width, 0.25) for width in (32, 64, 128, 256)), (128, 0.125), (128, 0.5)]  # width, rank ratio
 TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
@@ -78,13 +80,13 @@ PARTING = {short: [add(method, f"{method}-{short}", label, own) for method, own 
         ("thin", "rank ratio 1/16", *("--rank_ratio 0.0625",) * 2),
         ("unbalanced", "from 4 A and B / 4", *("--method varied --method_args c=4",) * 2))}
 
-RIVALS = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
+WITH_ADAM = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more
 for name in DEARER[1:]:
-    lr = {"fira": 2e-3, "sltrain": 5e-3}.get(name, ARMS[name].lr)  # the best of equal tokens
+    lr = {"fira": 2e-3, "sltrain": 5e-3}.get(name, METHODS[name].lr)  # the best of equal tokens
     add(name, f"{name}-flops", steps="flops", twin="spectron", lr=lr)
 
-CLAIMS = [  # settings of the other methods, varied
+SETTINGS = [  # settings of the other methods, varied
     "sct",
     *(add("sct", f"sct-rank{r}", f"rank {r}", f"--rank_ratio {r / 256}", lr=5e-3) for r in (32, 16, 8)),
     *(add("sct", f"sct-s_lr={x}", f"s at {label} the lr", f"--method_args s_lr={x}", lr=5e-3)
@@ -94,11 +96,11 @@ CLAIMS = [  # settings of the other methods, varied
                 for x, label in ((200, "no restart"), (25, "seven restarts")))]
 
 
-def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
+def vary(flag: str, short: str, methods: dict, swept: bool) -> list[tuple]:
     """(name, lr, value, name with this value) of all, from (lr, the value it has, values) by name."""
     return [(name, lr, value, name if value == own else add(
         name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr, swept=swept))
-            for name, (lr, own, values) in arms.items() for value in values]
+            for name, (lr, own, values) in methods.items() for value in values]
 
 
 FIVE, TENFOLD = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -108,6 +110,6 @@ ADAM_LRS = vary("adam_lr", "adam", {
     "lora-muon": (0.2, 3e-3, FIVE), "self-guided-muon": (0.02, 3e-2, FIVE), "dense": (0.05, 3e-3, FIVE),
     **{name: (lr, 3e-2, TENFOLD) for name, lr in (
         ("adamw", 1e-3), ("self-guided", 1e-3), ("dense-adamw", 1e-3), ("cola", 2e-3), ("sltrain", 5e-3),
-        ("relora", 2e-3), ("galore", 1e-2), ("fira", 2e-3), ("sct", 5e-3), ("tsvd", 5e-3))}}, swept=False)
+        ("relora", 5e-3), ("galore", 1e-2), ("fira", 2e-3), ("sct", 5e-3), ("tsvd", 5e-3))}}, swept=False)
 MOMENTA = vary("momentum", "momentum", {name: (0.1, 0.7, BETAS) for name in ("spectron", "equilibrated")},
                swept=True)
