@@ -2,7 +2,7 @@
 
     python train.py                                      nano on the offline corpus: minutes on two cores
     torchrun --nproc_per_node=8 train.py --size S        the paper's Factorized Transformer-S on FineWeb
-    python train.py --no-renormalize --lr 0.02           an ablation
+    python train.py --no-renormalize                     an ablation, with a learning rate of its own
     python train.py --resume --out out/nano-spectron-00  go on where a run stopped
 
 --size and --method decide every other value. Each is printed at the start and can be set by its flag.
@@ -25,12 +25,13 @@ import data
 from eval import validate
 from lib import checkpoints, flags, norms
 from lib.cli import UserError, command, number, positive, rank_and_ranks, ratio
-from lib.methods import (LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, assert_assigned, baseline,
-                         count_parameters, muon, split_parameters)
+from lib.methods import (LOW_RANK_FLAGS, MUON_FLAGS, SPECTRON_FLAGS, Method, Tuned, assert_assigned, baseline,
+                         paper_steps, split_parameters)
+from lib.optimizers import adamw, muon
 from lib.ranks import choose_device, join_ranks, my_rank, native_bf16, precision
 from lib.run_directory import check_directory, run_directory
 from lib.signals import exit_if_interrupted, signals_caught
-from model import ALIASES, NANO_SIZES, SIZES, Llama, LlamaConfig
+from model import NANO_SIZES, SIZES, Llama, LlamaConfig
 from spectron import Spectron
 from tools import machine, plan, prepare, report
 
@@ -62,18 +63,30 @@ def muon_optimizers(model, c):
     return [muon(dense, c.lr, c), adamw(others, c.adam_lr, c)]
 
 
-SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
-METHODS = {  # learning rates at the paper's sizes (from public launches, untested here) and the best at nano
-    "spectron": Method(spectron_optimizers, 0.05, 0.2, LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
-    "adamw": Method(adamw_optimizers, 1e-3, 1e-3, LOW_RANK_FLAGS, nano_adam_lr=0.03),
-    "dense": Method(muon_optimizers, 0.02, 0.05, MUON_FLAGS, dense=True),
-    "dense-adamw": Method(adamw_optimizers, 6e-4, 1e-3, dense=True, nano_adam_lr=0.03),
+def is_bounded(c) -> bool:
+    """Whether eta bounds the step of W. Without orthogonalization it still does: M is divided by its norm."""
+    return c.renormalize and not c.shape_scale and not c.weight_decay
+
+
+TUNED = (  # flags whose best learning rate at nano is another: that is then the default
+    Tuned("SGD on the factors", dict(orthogonalize=False, renormalize=False), table="table2", nano_lr=1.0),
+    Tuned("Muon on the factors", dict(renormalize=False), table="table2", nano_lr=0.05, nano_adam_lr=0.01),
+    Tuned("a rank ratio of 0.4", dict(rank_ratio=0.4), table="table3", nano_lr=0.1),
+    Tuned("Spectron with dense attention", dict(factorize="ffn"), table="fig13", nano_lr=0.1),
+)
+METHODS = {  # lr at the paper's sizes is from public launches and untested here; nano_lr is the best at nano
+    "spectron": Method(optimizers=spectron_optimizers, lr=0.05, nano_lr=0.2, tuned=TUNED, bounded=is_bounded,
+                       flags=LOW_RANK_FLAGS + MUON_FLAGS + SPECTRON_FLAGS),
+    "adamw": Method(optimizers=adamw_optimizers, lr=1e-3, nano_lr=1e-3, nano_adam_lr=0.03,
+                    flags=LOW_RANK_FLAGS),
+    "dense": Method(optimizers=muon_optimizers, lr=0.02, nano_lr=0.05, dense=True, flags=MUON_FLAGS),
+    "dense-adamw": Method(optimizers=adamw_optimizers, lr=6e-4, nano_lr=1e-3, nano_adam_lr=0.03, dense=True),
 }
 
 
 def find_method(name: str, args: dict) -> Method:
     if name not in METHODS:
-        return baseline(name, args)
+        return baseline(name, args, core=METHODS)
     if args:
         raise UserError(f"--method_args are for the methods of baselines/; --method {name} takes none")
     return METHODS[name]
@@ -81,7 +94,9 @@ def find_method(name: str, args: dict) -> Method:
 
 # -------------------------------------------- Flags and defaults --------------------------------------------
 
-# --flag: how it is read, its default, its help. A default of None follows from size, method or hardware.
+# --flag: how it is read, its default, its help; None follows from size, method or hardware, in new_run. A new
+# flag is a line here and, where it applies, a name in NANO below, in LOW_RANK_FLAGS or its neighbours of
+# lib/methods.py, in MAY_CHANGE and without_effect of lib/flags.py, and in UNTOLD of tools/plot.py.
 FLAGS_BY_TOPIC = {
     "the model and the method": {
         "size": (list(SIZES), "nano", "for laptops nano, nano-0.6M, nano-1.5M, nano-7.3M, nano-2x8 to 384;\n"
@@ -93,11 +108,11 @@ FLAGS_BY_TOPIC = {
     },
     "the optimizer": {
         "lr": (number(), None, "of block matrices; for spectron the bound on ||dW||_2. At nano, and above:\n"
-               + "; ".join(f"{name} {m.nano_lr:g}, {m.lr:g}" for name, m in METHODS.items())),
+               + flags.learning_rates(METHODS)),
         "orthogonalize": (bool, True, "spectron: Newton-Schulz on each factor's momentum"),
         "renormalize": (bool, True, "spectron: divide lr by sigma_A + sigma_B + 1"),
-        "adam_lr": (number(), None, "AdamW's for embedding, head and norms: 0.003; at nano 0.03 where it\n"
-                    "trains the block matrices, too"),
+        "adam_lr": (number(), None, "AdamW's for embedding, head and norms: 0.003; with --no-renormalize\n"
+                    "0.01; at nano 0.03 where it trains the block matrices, too"),
         "muon_lr": (number(), 0.02, "spectron with --factorize ffn: Muon's for the dense matrices"),
         "momentum": (number(below=1), 0.95, "of spectron and Muon, in [0, 1)"),
         "nesterov": (bool, True, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter"),
@@ -165,8 +180,7 @@ def new_run(given: dict, device: str) -> SimpleNamespace:
     steps = c.steps or paper_steps(c.size, method.dense)
     for name, default in {
             "steps": steps, "seq_len": size.seq_len,
-            "lr": method.nano_lr if nano else method.lr,
-            "adam_lr": method.nano_adam_lr if nano else 3e-3,
+            **method.learning_rates(c.size, method.tuned_for(c)),
             "batch_size": 16 if nano or device == "cuda" else 1,
             "dtype": "bfloat16" if native_bf16(device) else "float32",
             "compile": device == "cuda" and not nano and method.compiles,
@@ -183,18 +197,6 @@ def new_run(given: dict, device: str) -> SimpleNamespace:
     c.model = asdict(replace(size, vocab_size=data.padded_vocabulary(c.tokenizer), seq_len=c.seq_len,
                              rank_ratio=c.rank_ratio, factorize=c.factorize))
     return c
-
-
-def paper_steps(size: str, dense: bool) -> int:
-    """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense
-    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that both cost 6 N D
-    FLOPs. It gives all six step counts of Appendix E.3."""
-    nominal = ALIASES.get(size, size)  # 134M
-    if dense:
-        parameters = count_parameters(replace(SIZES[size], vocab_size=32000))
-    else:
-        parameters = float(nominal[:-1]) * {"M": 1e6, "B": 1e9}[nominal[-1]]
-    return math.ceil(20 * parameters / 2**20)
 
 
 # ------------------------------------------------- One step -------------------------------------------------
@@ -269,7 +271,7 @@ def main(argv=None):
     norms.check_name(blank, c.spectra_of)
     if "dry_run" in given:
         if rank == 0:
-            print(plan.describe(c, blank, method.flops_per_token(blank), ranks))
+            print(plan.describe(c, blank, method, FLAGS_BY_TOPIC, ranks))
         return
     if not saved:
         check_directory(c.out, given)
@@ -304,7 +306,7 @@ def run(c, method, corpus, saved, caught, log) -> None:
     # Logged steps follow one matrix: how far it moved, and how far its layer's output did on a few tokens.
     probe, _ = val.read([0])
     spectra = norms.Spectra(model, c.spectra_of, optimizers, probe[:, :64].to(c.device))
-    journal = report.Journal(c, model, method, log, step, seconds)
+    journal = report.Journal(c, model, method, FLAGS_BY_TOPIC, log, step, seconds)
 
     stop, last, scores = min(c.steps, c.stop_at or c.steps), False, {}
     while not last:
@@ -343,7 +345,7 @@ def run(c, method, corpus, saved, caught, log) -> None:
             lengths = data.token_bytes(tokenizer) if final and tokenizer else None
             scores = validate(model, val, tokens, c.batch_size, c.dtype, lengths)
         if log_now:
-            journal.step(step, flops, seconds, loss, scores.get("val_loss"), spectra.after())
+            journal.step(step, flops, seconds, loss, scores, spectra.after())
         # A checkpoint is the whole state, and replaces the one before it in a single rename.
         keep_now = c.keep_every and step % c.keep_every == 0
         if rank == 0 and (last or keep_now or step % c.save_every == 0):

@@ -8,6 +8,7 @@ most 1.1 times, the Lipschitz constant of silu. CoLA starts from normal factors 
 variance 1 / (m + n), and trains with AdamW; the SwiGLU keeps its own silu, as at CoLA's small sizes.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.cli import UserError
-from lib.methods import LOW_RANK_FLAGS, Method
+from lib.methods import Method
 from model import FactorizedLinear
 from train import find_method
 
@@ -48,6 +49,5 @@ def method(optimizer: str = "adamw", init: str = "normal", activation: str = "si
         if value not in allowed:
             raise ValueError(f"{name}={value}, expected {' or '.join(f'{name}={x}' for x in allowed)}")
     core = find_method(optimizer, {})
-    lr, nano_lr = (3e-3, 2e-3) if optimizer == "adamw" else (core.lr, core.nano_lr)  # CoLA: 6e-3 at 60M
-    return Method(core.optimizers, lr, nano_lr, core.flags or LOW_RANK_FLAGS, nano_adam_lr=core.nano_adam_lr,
-                  linear=partial(CoLALinear, init=init, activation=activation))
+    own = dict(lr=3e-3, nano_lr=2e-3) if optimizer == "adamw" else {}  # CoLA: 6e-3 at 60M
+    return replace(core, linear=partial(CoLALinear, init=init, activation=activation), **own)

@@ -3,10 +3,10 @@
     python train.py --method equilibrated
     python train.py --method equilibrated --method_args times=2 --no-renormalize
 
-This one is ours, not the paper's; MuonEq-R and Aurora do the same for dense weights. The polar factor of a
-square matrix has unit rows, but that of a tall one, as every factor is, need not: some neurons of A, or input
-features of B, hardly move. Scaling rows before Newton-Schulz leaves the singular values of its result near 1,
-and so leaves the bound as it was. docs/EQUILIBRATED.md has what it brings.
+The line is MuonEq-R's, and with times=2 Aurora's loop, both for dense weights; new here is the use on factors.
+The polar factor of a square matrix has unit rows, but that of a tall one, as every factor is, need not: some
+neurons of A, or input features of B, hardly move. Scaling rows before Newton-Schulz leaves the singular values
+of its result near 1, and so leaves the bound as it was. docs/EQUILIBRATED.md has what it brings.
 """
 
 from functools import partial
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, Tuned
 from spectron import Spectron, newton_schulz
-from train import spectron_optimizers
+from train import is_bounded, spectron_optimizers
 
 
 def equilibrate(M: Tensor, times: int, ns_steps: int) -> Tensor:
@@ -46,5 +46,8 @@ def method(times: int = 1) -> Method:
         raise ValueError(f"times={times}, expected times=1 or times=2")
 
     optimizers = partial(spectron_optimizers, spectron=partial(EquilibratedSpectron, times=times))
-    return Method(optimizers, 0.05, 0.2,
-                  LOW_RANK_FLAGS + MUON_FLAGS + ("renormalize", "power_steps", "shape_scale", "muon_lr"))
+    on_factors = Tuned("equilibrated Muon on the factors", dict(renormalize=False), table="neighbours",
+                       nano_lr=0.05)
+    flags = "renormalize", "power_steps", "shape_scale", "muon_lr"
+    return Method(optimizers=optimizers, lr=0.05, nano_lr=0.2, tuned=(on_factors,), bounded=is_bounded,
+                  flags=LOW_RANK_FLAGS + MUON_FLAGS + flags)

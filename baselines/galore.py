@@ -7,11 +7,14 @@ Moments stay where they were, in the old basis, as in the authors' code; so does
 uncorrected second moment, and weight decay comes after the step. The log follows W.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lib.cli import UserError
-from lib.methods import Method, adamw, split_parameters
+from lib.methods import Method, Tuned, split_parameters
+from lib.optimizers import adamw
 
 
 class GaLore(torch.optim.Optimizer):
@@ -60,7 +63,8 @@ class GaLore(torch.optim.Optimizer):
 
 def method(rank: int = 0, scale: float = 0.25, gap: int = 200) -> Method:
     """rank 0 is a quarter of the model's width. ValueError for a gap or a rank that makes no sense."""
-    return projected(GaLore, 1e-2, rank, scale, gap)
+    often = [Tuned("a gap of 10", {}, table="claims", nano_lr=2e-2)] if gap == 10 else []
+    return replace(projected(GaLore, 1e-2, rank, scale, gap), tuned=tuple(often))
 
 
 def projected(optimizer: type, nano_lr: float, rank: int, scale: float, gap: int) -> Method:
@@ -75,4 +79,4 @@ def projected(optimizer: type, nano_lr: float, rank: int, scale: float, gap: int
         r = rank or model.config.dim // 4
         return [optimizer(dense, c.lr, r, scale, gap, weight_decay=c.weight_decay),
                 adamw(others, c.adam_lr, c)]
-    return Method(optimizers, 1e-2, nano_lr, dense=True, nano_adam_lr=0.03)
+    return Method(optimizers=optimizers, lr=1e-2, nano_lr=nano_lr, nano_adam_lr=0.03, dense=True)

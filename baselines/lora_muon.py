@@ -11,7 +11,8 @@ weight decay is left out; momentum is Nesterov's, as in the other methods here.
 import torch
 from torch import Tensor
 
-from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, split_parameters
+from lib.optimizers import adamw, muon
 from spectron import newton_schulz
 
 
@@ -52,5 +53,5 @@ def method() -> Method:
         pairs, dense, others = split_parameters(model)
         return [LoRAMuon(pairs, c.lr, c.momentum, c.nesterov, c.ns_steps),
                 *([muon(dense, c.muon_lr, c)] if dense else []), adamw(others, c.adam_lr, c)]
-    return Method(optimizers, 0.05, 0.2, LOW_RANK_FLAGS + MUON_FLAGS + ("muon_lr",),
-                  ignores=("weight_decay",))
+    return Method(optimizers=optimizers, lr=0.05, nano_lr=0.2,
+                  flags=LOW_RANK_FLAGS + MUON_FLAGS + ("muon_lr",), ignores=("weight_decay",))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import methods
-from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
+from lib.methods import LOW_RANK_FLAGS, Method, block_matrices, split_parameters
+from lib.optimizers import adamw
 from model import FactorizedLinear
 from train import WARMUP, schedule
 
@@ -105,6 +106,6 @@ def method(every: int | None = None, alpha: float = 32) -> Method:
         raise ValueError(f"every={every}, expected a whole number of at least 2")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"alpha={alpha}, expected a number")
-    return Method(build_optimizers, 1e-3, 2e-3, LOW_RANK_FLAGS, flops_per_token=flops_per_token,
-                  nano_adam_lr=0.03,
-                  linear=partial(ReLoRALinear, alpha=alpha), before_step=partial(before_step, every=every))
+    return Method(optimizers=build_optimizers, lr=1e-3, nano_lr=2e-3, nano_adam_lr=0.03, flags=LOW_RANK_FLAGS,
+                  linear=partial(ReLoRALinear, alpha=alpha), flops_per_token=flops_per_token,
+                  before_step=partial(before_step, every=every))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.methods import LOW_RANK_FLAGS, Method, adamw, split_parameters
+from lib.methods import LOW_RANK_FLAGS, Method, Tuned, split_parameters
+from lib.optimizers import adamw
 from model import FactorizedLinear
 
 
@@ -67,5 +68,7 @@ def method(s_lr: float = 1.0) -> Method:
     """s_lr is the learning rate of s over that of U and V. ValueError unless it is a positive number."""
     if isinstance(s_lr, bool) or not isinstance(s_lr, (int, float)) or not s_lr > 0:
         raise ValueError(f"s_lr={s_lr}, expected a positive number")
-    return Method(partial(build_optimizers, s_lr=s_lr), 1e-3, 5e-3, LOW_RANK_FLAGS, linear=SCTLinear,
-                  nano_adam_lr=0.03)
+    low = [Tuned(f"a rank ratio of {ratio}", dict(rank_ratio=ratio), table="claims", nano_lr=0.02)
+           for ratio in (1 / 16, 1 / 32)]
+    return Method(optimizers=partial(build_optimizers, s_lr=s_lr), lr=1e-3, nano_lr=5e-3, nano_adam_lr=0.03,
+                  flags=LOW_RANK_FLAGS, linear=SCTLinear, tuned=tuple(low))

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import methods
-from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, adamw, muon, split_parameters
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, Method, split_parameters
+from lib.optimizers import adamw, muon
 from model import FactorizedLinear
 
 
@@ -116,7 +117,7 @@ def method(init: str = "product", optimizer: str = "adamw", stochastic: bool = F
         if value not in allowed or isinstance(value, bool) != (name == "stochastic"):
             raise ValueError(f"{name}={value}, expected {' or '.join(f'{name}={x}' for x in allowed)}")
     update, lr = {"adamw": (adamw, 1e-3), "muon": (muon, 0.02)}[optimizer]
-    return Method(partial(build_optimizers, update=update), lr, lr,
-                  LOW_RANK_FLAGS + (MUON_FLAGS if optimizer == "muon" else ()),
+    return Method(optimizers=partial(build_optimizers, update=update), lr=lr, nano_lr=lr, nano_adam_lr=0.03,
+                  flags=LOW_RANK_FLAGS + (MUON_FLAGS if optimizer == "muon" else ()),
                   linear=partial(SelfGuidedLinear, init=init), flops_per_token=flops_per_token,
-                  before_step=partial(before_step, stochastic=stochastic), compiles=False, nano_adam_lr=0.03)
+                  before_step=partial(before_step, stochastic=stochastic), compiles=False)

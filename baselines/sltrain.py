@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import methods
-from lib.methods import LOW_RANK_FLAGS, Method, adamw, block_matrices, split_parameters
+from lib.methods import LOW_RANK_FLAGS, Method, block_matrices, split_parameters
+from lib.optimizers import adamw
 from model import FactorizedLinear
 
 
@@ -66,6 +67,5 @@ def method(delta: float = 0.03, alpha: float = 32) -> Method:
             raise ValueError(f"{name}={value}, expected a number")
     if not 0 < delta <= 1:
         raise ValueError(f"delta={delta}, expected a number in (0, 1]")
-    return Method(build_optimizers, 2e-3, 5e-3, LOW_RANK_FLAGS, flops_per_token=flops_per_token,
-                  nano_adam_lr=0.03,
-                  linear=partial(SLTrainLinear, delta=delta, alpha=alpha))
+    return Method(optimizers=build_optimizers, lr=2e-3, nano_lr=5e-3, nano_adam_lr=0.03, flags=LOW_RANK_FLAGS,
+                  linear=partial(SLTrainLinear, delta=delta, alpha=alpha), flops_per_token=flops_per_token)

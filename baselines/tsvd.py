@@ -11,13 +11,14 @@ with the columns that stay. The log has the mean rank of all layers: python -m t
 
 import math
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from baselines import sct
-from lib.methods import LOW_RANK_FLAGS, Method, block_matrices
+from lib.methods import Method, block_matrices
 from train import WARMUP
 
 
@@ -88,6 +89,5 @@ def method(energy: float = 0.98, every: int = 100, least: int = 4, s_lr: float =
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value}, expected a whole number of at least 1")
     own = sct.method(s_lr)
-    return Method(own.optimizers, own.lr, own.nano_lr, LOW_RANK_FLAGS, linear=TSVDLinear, logged=logged,
-                  nano_adam_lr=own.nano_adam_lr,
-                  before_step=partial(before_step, energy=energy, every=every, least=least))
+    return replace(own, tuned=(), linear=TSVDLinear, logged=logged,
+                   before_step=partial(before_step, energy=energy, every=every, least=least))

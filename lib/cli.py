@@ -17,9 +17,11 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown flag is refused together with the nearest known one."""
+    """argparse without abbreviations; an unknown flag is refused together with the nearest known one, or with
+    that of the same meaning: synonyms has answers by words, {"learning_rate": "--lr"}."""
 
-    def __init__(self, description=None, **options):
+    def __init__(self, description=None, synonyms=None, **options):
+        self.synonyms = synonyms or {}
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=partial(argparse.RawTextHelpFormatter, max_help_position=36),
                          **options)
@@ -28,8 +30,10 @@ class Parser(argparse.ArgumentParser):
         args, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
+            same = self.synonyms.get(flag.lstrip("-").replace("-", "_")) if flag.startswith("--") else None
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
-            self.error(f"unknown flag or argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(f"unknown flag or argument {flag}"
+                       + (f"; here it is {same}" if same else f"; did you mean {near[0]}?" if near else ""))
         return args, unknown
 
     def error(self, message):

@@ -1,4 +1,4 @@
-"""The command line of train.py: reading its flags, and refusing those that make no sense."""
+"""The command line of train.py: reading its flags, showing them, and refusing those that make no sense."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 from lib.cli import Parser, UserError
+from lib.methods import LOW_RANK_FLAGS, MUON_FLAGS, SPECTRON_FLAGS
 from lib.outputs import own_name
 
 MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "keep_every", "spectra_every",
@@ -16,6 +17,26 @@ METAVARS = {"size": "SIZE", "method": "NAME", "method_args": "KEY=VALUE", "data"
             "spectra_of": "NAME"}  # others are X, or their choices
 MOVED = {"--equilibrate": "it is a method now: --method equilibrated, or --method equilibrated --method_args "
                           "times=2 in place of --equilibrate 2"}
+# What other programs call a flag, and what it is here
+SYNONYMS = {word: answer for words, answer in {
+    "learning_rate peak_lr max_lr base_lr": "--lr",
+    "embedding_lr embed_lr head_lr": "--adam_lr",
+    "optimizer optim opt algorithm": "--method",
+    "max_steps num_steps total_steps train_steps iters iterations max_iters num_iterations": "--steps",
+    "epochs num_epochs num_train_epochs": "--steps; a run begins by saying how many epochs they are",
+    "bs micro_batch_size device_batch_size": "--batch_size for what is in memory at a time, and "
+                                             "--tokens_per_step for the batch",
+    "global_batch_size total_batch_size": "--tokens_per_step, in tokens",
+    "wd": "--weight_decay", "beta beta1 mu": "--momentum", "precision": "--dtype",
+    "width dim d_model hidden_size depth layers n_layer n_layers n_head n_heads model model_size":
+        "--size, e.g. --size nano-2x64 for two blocks of width 64",
+    "rank r": "--rank_ratio, the rank over the input width of each matrix",
+    "context context_length block_size sequence_length max_seq_len": "--seq_len",
+    "dataset data_dir data_path": "--data", "output output_dir out_dir save_dir": "--out",
+    "eval_interval": "--eval_every", "save_interval ckpt_every": "--save_every",
+    "warmup warmup_steps scheduler": "fixed: 5% of the steps, and then a cosine towards zero",
+    "grad_clip clip max_grad_norm": "fixed: a norm of 1",
+}.items() for word in words.split()}
 
 
 # ------------------------------------------------- Reading --------------------------------------------------
@@ -26,7 +47,7 @@ def parse(doc: str, groups: dict, nano: dict, argv) -> dict:
     for word in argv:
         if word.split("=")[0] in MOVED:
             raise UserError(f"unknown flag {word.split('=')[0]}: {MOVED[word.split('=')[0]]}")
-    parser = Parser(doc, usage="python train.py [--flag value ...]")
+    parser = Parser(doc, usage="python train.py [--flag value ...]", synonyms=SYNONYMS)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in flags.items():
@@ -93,26 +114,67 @@ def resumed(given: dict, saved: dict, flags: dict, device: str) -> SimpleNamespa
     return c
 
 
+# -------------------------------------------------- Showing -------------------------------------------------
+
+def typed(flag: str, value) -> str:
+    """As it is typed: --no-renormalize, --rank_ratio 0.4."""
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def learning_rates(methods: dict) -> str:
+    """The defaults of lr at nano and at the paper's sizes, of each method and of what it is tuned for."""
+    lines = []
+    for name, method in methods.items():
+        for tuned in (None, *method.tuned):
+            flags = " ".join(typed(*flag) for flag in tuned.flags.items()) if tuned else name
+            nano, above = (method.learning_rates(size, tuned)["lr"] for size in ("nano", "S"))
+            lines.append(f"{'  ' * bool(tuned)}{flags}: {nano:g}, {above:g}")
+    return "\n".join(lines)
+
+
+def settings(c, groups: dict, method) -> list[str]:
+    """A line for each group, with the flags that have an effect in this run."""
+    idle, on_off = without_effect(c, method), {True: "on", False: "off"}
+    lines = []
+    for title, flags in groups.items():
+        values = {flag: getattr(c, flag) for flag in flags if flag not in idle}
+        if "method_args" in values:
+            values["method_args"] = " ".join(f"{key}={value}" for key, value in c.method_args.items())
+        lines.append(f"{title}: " + ", ".join(
+            f"{flag} {on_off[value] if isinstance(value, bool) else value}" for flag, value in values.items()
+            if value not in (None, "")))
+    return lines
+
+
 # ------------------------------------------------- Refusing -------------------------------------------------
+
+def without_effect(c, method) -> dict[str, str]:
+    """The flags that do nothing in a run with these settings, and the flag that would change this; "" where
+    the method has no such thing."""
+    optional = {*LOW_RANK_FLAGS, *MUON_FLAGS, *SPECTRON_FLAGS} - set(method.flags)
+    needed = {flag: other for flag, other, there in (
+        ("ns_steps", "--orthogonalize", c.orthogonalize), ("power_steps", "--renormalize", c.renormalize),
+        ("muon_lr", "--factorize ffn", c.factorize == "ffn")) if not there}
+    return needed | dict.fromkeys([*optional, *method.ignores], "")
+
 
 def check(given: dict, c, method, core: dict) -> None:
     """UserError for a flag that would have no effect. `core` are the methods of train.py by their names."""
-    optional = {flag for other in core.values() for flag in other.flags}
-    for flag in sorted(optional & set(given) - set(method.flags)):
-        typed = f"--no-{flag}" if given[flag] is False else f"--{flag}"
-        raise UserError(f"{typed} does not apply to --method {c.method}; it is a flag of --method "
-                        + " or ".join(name for name, other in core.items() if flag in other.flags))
-    for flag in method.ignores:
-        if given.get(flag):
-            raise UserError(f"--{flag} does not apply to --method {c.method}, which has none: leave it out")
+    for flag, needed in sorted(without_effect(c, method).items()):
+        others = [name for name, other in core.items() if flag in other.flags]
+        if flag not in given or flag in method.ignores and not given[flag]:
+            continue
+        if needed:
+            raise UserError(f"--{flag} has no effect without {needed}: add that, or leave --{flag} out")
+        word = f"--no-{flag}" if given[flag] is False else f"--{flag}"
+        raise UserError(f"{word} does not apply to --method {c.method}"
+                        + (f"; it is a flag of --method {' or '.join(others)}" if others else
+                           ", which has none: leave it out"))
     if c.compile and not method.compiles:
         raise UserError(f"--compile does not go with --method {c.method}, whose forward pass changes from "
                         "step to step: leave it out")
-    for flag, needed, there in (("ns_steps", "--orthogonalize", c.orthogonalize),
-                                ("power_steps", "--renormalize", c.renormalize),
-                                ("muon_lr", "--factorize ffn", c.factorize == "ffn")):
-        if flag in given and not there:
-            raise UserError(f"--{flag} has no effect without {needed}: add that, or leave --{flag} out")
 
 
 def check_compiler(c) -> None:

@@ -1,7 +1,9 @@
 """What a method is: how W is stored and how it moves. Those of baselines/ are found here by their names."""
 
+import difflib
 import importlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -9,10 +11,14 @@ import torch
 from torch import nn
 
 from lib.cli import UserError
-from model import FactorizedLinear, Llama, LlamaConfig
-from spectron import newton_schulz
+from model import ALIASES, NANO_SIZES, SIZES, FactorizedLinear, Llama, LlamaConfig
 
+# The flags of train.py that not every method has
 LOW_RANK_FLAGS, MUON_FLAGS = ("rank_ratio", "factorize"), ("momentum", "nesterov", "ns_steps")
+SPECTRON_FLAGS = "orthogonalize", "renormalize", "power_steps", "shape_scale", "muon_lr"
+ADAM_LR = 3e-3  # of embedding, head and norms at the paper's sizes
+ALSO_KNOWN = {"muon": "Muon on dense weights is --method dense, and Muon on the factors --no-renormalize. ",
+              "sgd": "SGD on the factors is --no-orthogonalize --no-renormalize. "}
 
 
 def flops_per_token(model: Llama) -> int:
@@ -22,13 +28,25 @@ def flops_per_token(model: Llama) -> int:
     return 6 * weights + 6 * model.config.n_layers * model.config.seq_len * model.config.dim
 
 
-@dataclass
+@dataclass(frozen=True)
+class Tuned:
+    """The learning rates that were the best at nano for a method with certain flags."""
+    name: str  # what the method is with them
+    flags: dict  # flag of train.py: its value; {} where the arguments of the method decide
+    table: str  # results/<table>/nano/table.md has the learning rates that were tried
+    nano_lr: float
+    nano_adam_lr: float | None = None  # None: the method's own
+
+
+@dataclass(kw_only=True)
 class Method:
     """What --method names. Four are in train.METHODS; any other is a file in baselines/ with a function
     method(**method_args) that returns one of these."""
     optimizers: Callable  # (model, c) -> a list of optimizers that together hold every parameter once
     lr: float  # of the block matrices, at the paper's sizes
     nano_lr: float  # the best of results/rivals/nano/table.md
+    nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
+    tuned: tuple = ()  # of Tuned, where other flags have another best: the first that fits the run
     flags: tuple = ()  # of train.py, that apply to this method and not to all
     ignores: tuple = ()  # flags that apply to all others
     dense: bool = False  # nn.Linear in place of `linear`
@@ -36,14 +54,41 @@ class Method:
     before_step: Callable | None = None  # (model, optimizers, c, step) -> True if parameters came or went
     flops_per_token: Callable = flops_per_token  # (model) -> FLOPs that this step executes
     compiles: bool = True  # the forward pass is the same in every step
+    bounded: Callable = lambda c: False  # (c) -> whether lr bounds the spectral norm of a step of W = A B^T
     logged: Callable = lambda model: {}  # further values for the log
-    nano_adam_lr: float = 3e-3  # of embedding, head and norms, the best of results/adam_lr/nano/table.md
+
+    def tuned_for(self, c) -> Tuned | None:
+        """What was tuned for flags that this run has; None for the method as it is."""
+        return next((tuned for tuned in self.tuned
+                     if all(getattr(c, flag) == value for flag, value in tuned.flags.items())), None)
+
+    def learning_rates(self, size: str, tuned: Tuned | None = None) -> dict[str, float]:
+        """The defaults of lr and adam_lr, for the method as it is or as it was tuned. At the paper's sizes
+        nothing was tuned: there the ratio of the two is that of nano."""
+        lr, adam_lr = self.nano_lr, self.nano_adam_lr
+        if tuned:
+            lr, adam_lr = tuned.nano_lr, tuned.nano_adam_lr or adam_lr
+        if size not in NANO_SIZES:
+            lr, adam_lr = lr * self.lr / self.nano_lr, adam_lr * ADAM_LR / self.nano_adam_lr
+        return {"lr": float(f"{lr:.3g}"), "adam_lr": float(f"{adam_lr:.3g}")}
 
 
 def count_parameters(config: LlamaConfig) -> int:
     """Parameters of a model, embedding and head included, without making it."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(config).parameters())
+
+
+def paper_steps(size: str, dense: bool) -> int:
+    """Steps of 2^20 tokens: the factorized model sees 20 per parameter of its nominal dense size, the dense
+    model 20 per parameter of its factorized twin (at 32,000 tokens of vocabulary), so that both cost 6 N D
+    FLOPs. It gives all six step counts of Appendix E.3."""
+    nominal = ALIASES.get(size, size)  # 134M
+    if dense:
+        parameters = count_parameters(replace(SIZES[size], vocab_size=32000))
+    else:
+        parameters = float(nominal[:-1]) * {"M": 1e6, "B": 1e9}[nominal[-1]]
+    return math.ceil(20 * parameters / 2**20)
 
 
 def block_matrices(model: Llama) -> dict[str, nn.Module]:
@@ -60,45 +105,9 @@ def split_parameters(model: Llama):
     return pairs, dense, [p for p in model.parameters() if id(p) not in taken]
 
 
-def adamw(params, lr, c, entries=()):
-    """AdamW for these parameters. Matrices are decayed, and so are `entries` of a matrix that are kept as a
-    vector; the gains of the norms are not."""
-    kept = {id(p) for p in entries}
-    groups = [dict(params=[p for p in params if p.ndim > 1 or id(p) in kept], weight_decay=c.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2 and id(p) not in kept], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95),
-                             fused=params[0].device.type in ("cpu", "cuda") or None)
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for dense matrices, with the steps of torch.optim.Muon. That one always multiplies in bfloat16: on
-    a CPU without bfloat16 hardware it is 28 times slower."""
-
-    def __init__(self, params, ns_dtype=None, **settings):
-        super().__init__(params, settings)
-        self.ns_dtype = ns_dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                M = self.state[p]["momentum_buffer"]
-                M.lerp_(p.grad, 1 - group["momentum"])
-                D = p.grad.lerp(M, group["momentum"]) if group["nesterov"] else M
-                O = newton_schulz(D.to(self.ns_dtype or D.dtype), group["ns_steps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(O, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
-
-
-def muon(params, lr, c):
-    return Muon(params, torch.bfloat16 if c.dtype == "bfloat16" else None, lr=lr, momentum=c.momentum,
-                nesterov=c.nesterov, ns_steps=c.ns_steps, weight_decay=c.weight_decay)
-
-
-def baseline(name: str, args: dict):
-    """The Method that the function method() of baselines/NAME.py makes from these arguments."""
+def baseline(name: str, args: dict, core=()) -> Method:
+    """The Method that the function method() of baselines/NAME.py makes from these arguments. `core` are the
+    names of other methods, for the message where there is no such file."""
     module, folder = name.replace("-", "_"), Path(__file__).parent.parent / "baselines"
     try:
         return importlib.import_module(f"baselines.{module}").method(**args)
@@ -106,7 +115,9 @@ def baseline(name: str, args: dict):
         if error.name not in ("baselines", f"baselines.{module}"):
             raise UserError(f"--method {name}: {error}, for its function method()") from None
         there = sorted(path.stem.replace("_", "-") for path in folder.glob("*.py"))
-        raise UserError(f"--method {name}: no such method. There are those of train.py --help, and in "
+        near = difflib.get_close_matches(name, [*core, *there], 1, 0.5)
+        meant = ALSO_KNOWN.get(name) or (f"Did you mean --method {near[0]}? " if near else "")
+        raise UserError(f"--method {name}: no such method. {meant}There are {', '.join(core)}, and in "
                         f"baselines/ {', '.join(there)}. For one of your own make baselines/{module}.py "
                         "with a function method()") from None
     except (ImportError, AttributeError, TypeError, ValueError) as error:

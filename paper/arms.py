@@ -1,11 +1,11 @@
-"""The arms: every way to train that a table or figure compares with another."""
+"""The methods that tables and figures compare, each with its flags, its label and its learning rates."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a table: how it is trained, and the learning rate around which its grid lies."""
+    """A row of a table: how it is trained, and the learning rate around which its grid lies."""
     label: str
     flags: str = ""
     lr: float = 0.1  # at nano; above, one place lower in the series
@@ -18,7 +18,7 @@ class Arm:
 
 ARMS = {
     "spectron": Arm("Spectron"),
-    "orthogonalize": Arm("orthogonalization only (Muon)", "--no-renormalize --adam_lr 0.01", 0.02),
+    "orthogonalize": Arm("Muon on the factors", "--no-renormalize --adam_lr 0.01", 0.02),
     "renormalize": Arm("renormalization only", "--no-orthogonalize", 0.05),
     "neither": Arm("neither (SGD)", "--no-orthogonalize --no-renormalize", 1.0),
     "adamw": Arm("AdamW", "--method adamw", 1e-3),
@@ -27,8 +27,9 @@ ARMS = {
     "dense": Arm("dense, Muon", "--method dense", 0.02),
     "dense-adamw": Arm("dense, AdamW", "--method dense-adamw", 1e-3),
     "equilibrated": Arm("equilibrated Spectron", "--method equilibrated"),
-    "equilibrated-2": Arm("the same, corrected once", "--method equilibrated --method_args times=2"),
-    "equilibrated-muon": Arm("equilibrated Muon on factors", "--method equilibrated --no-renormalize", 0.02),
+    "equilibrated-2": Arm("equilibrated Spectron, twice", "--method equilibrated --method_args times=2"),
+    "equilibrated-muon": Arm("equilibrated Muon on the factors", "--method equilibrated --no-renormalize",
+                             0.02),
     "lora-muon": Arm("LoRA-Muon", "--method lora-muon"),
     "self-guided-muon-flops": Arm("self-guided, Muon, equal FLOPs", "--method self-guided "
                                   "--method_args optimizer=muon", 0.02, "flops", "spectron"),
@@ -50,7 +51,7 @@ ARMS = {
 
 
 def add(base: str, name: str, label: str = "", flags: str = "", **more) -> str:
-    """An arm like another, with more flags and more in its label; returns its name."""
+    """A method like another, with more flags and more in its label; returns its name."""
     arm = ARMS[base]
     ARMS[name] = replace(arm, label=", ".join(filter(None, [arm.label, label])),
                          flags=f"{arm.flags} {flags}".strip(), **more)
@@ -83,7 +84,7 @@ for name in DEARER[1:]:
     lr = {"fira": 2e-3, "sltrain": 5e-3}.get(name, ARMS[name].lr)  # the best of equal tokens
     add(name, f"{name}-flops", steps="flops", twin="spectron", lr=lr)
 
-CLAIMS = [  # the rivals' own settings, varied
+CLAIMS = [  # settings of the other methods, varied
     "sct",
     *(add("sct", f"sct-rank{r}", f"rank {r}", f"--rank_ratio {r / 256}", lr=5e-3) for r in (32, 16, 8)),
     *(add("sct", f"sct-s_lr={x}", f"s at {label} the lr", f"--method_args s_lr={x}", lr=5e-3)
@@ -94,7 +95,7 @@ CLAIMS = [  # the rivals' own settings, varied
 
 
 def vary(flag: str, short: str, arms: dict, swept: bool) -> list[tuple]:
-    """(arm, its lr, value, the arm with this value) for all, from (lr, the value it has, values) by arm."""
+    """(name, lr, value, name with this value) of all, from (lr, the value it has, values) by name."""
     return [(name, lr, value, name if value == own else add(
         name, f"{name}-{short}{value:g}", f"{flag} {value:g}", f"--{flag} {value:g}", lr=lr, swept=swept))
             for name, (lr, own, values) in arms.items() for value in values]

@@ -4,31 +4,41 @@ import math
 import textwrap
 from dataclasses import replace
 
+import numpy as np
+
 from lib.methods import count_parameters
 from model import SIZES
-from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
+from paper.arms import ADAM_LRS, ARMS, RIVALS, TRANSFERRED
 from paper.output import save
-from paper.runs import RESULTS, Run, log_of, seconds_per_step
+from paper.runs import RESULTS, Run, log_of, scale_of, seconds_per_step
 from tools import plot
 from tools.plot import COLOURS, new_figure
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
 GREY = "#777777"
-# One look for an arm in every figure: the colour says how it is updated, dashes that it is guided
+# One look for a method whose curve is drawn: dashes say that it is guided, or another's variant
 LOOKS = {"spectron": (BLUE, "o", "-"), "orthogonalize": (RED, "s", "-"), "renormalize": (PINK, "D", "-"),
          "neither": (ORANGE, "^", "-"), "adamw": (GREEN, "v", "-"), "self-guided": (GREEN, "P", "--"),
          "self-guided-muon": (RED, "X", "--"), "dense": (BLACK, "d", "-"), "dense-adamw": (GREY, "h", "-"),
          "rank-0.4": (SKY, "^", "-"), "rank-0.125": (ORANGE, "v", "-"), "dense-time": (GREY, "d", "--"),
          "equilibrated": (GREEN, "^", "-"), "equilibrated-2": (SKY, "v", "--"),
-         "equilibrated-muon": (ORANGE, "s", "--"), "lora-muon": (PINK, "P", "-"),
-         "galore": (ORANGE, "o", ":"), "fira": (ORANGE, "s", ":"), "sltrain": (PINK, "D", ":"),
-         "relora": (PINK, "^", ":"), "sct": (SKY, "v", ":"), "tsvd": (SKY, "P", ":"),
-         "cola": (BLUE, "X", ":")}
+         "equilibrated-muon": (ORANGE, "s", "--"), "lora-muon": (PINK, "P", "-")}
+MOST = 8  # curves with a legend; more have labels beside them, and the colours of their families
+FAMILIES = {"orthogonalized updates": BLUE, "AdamW": RED, "momentum, not orthogonalized": GREY}
 
 
 def look(arm: str) -> dict:
     colour, marker, line = LOOKS.get(arm) or LOOKS[arm.removesuffix("-ffn").removesuffix("-flops")]
     return {"color": colour, "marker": marker, "ls": line}
+
+
+def family(arm: str) -> str:
+    """How the block matrices of an arm are updated, by its flags."""
+    flags = ARMS[arm].flags
+    adam = "muon" not in flags and any(name in flags for name in ("adamw", "self-guided", *RIVALS))
+    if "--no-orthogonalize" in flags:
+        return "momentum, not orthogonalized"
+    return "AdamW" if adam else "orthogonalized updates"
 
 
 def unit(found) -> str:
@@ -37,24 +47,56 @@ def unit(found) -> str:
 
 def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, **more):
     fig = new_figure(width, height)
+    fig.suptitle(" \n ", fontsize=11.5)  # the room of what output.save writes there
     axes = list(fig.subplots(rows, count // rows, squeeze=False, **more).flat)
     for ax in axes:
         ax.grid(alpha=0.25)
     return fig, axes
 
 
+def label_points(ax, points) -> None:
+    """A label beside each (x, y, label, colour), where it covers least of the curves, points and texts."""
+    ax.figure.draw_without_rendering()  # what follows is in pixels
+    placed = [text.get_window_extent().get_points() for text in ax.texts]
+    at = ax.transData.transform([point[:2] for point in points])
+    drawn = np.concatenate(4 * [at] + [
+        line.get_transform().transform_path(line.get_path()).interpolated(120).vertices
+        for line in ax.get_lines()])
+
+    for (x, y, label, colour), here in zip(points, at):
+        text = ax.text(x, y, label, fontsize=9)
+        half = text.get_window_extent().size / 2 + (3, 1)
+        text.remove()
+        cost, places = [], [(side, np.array([side * (half[0] + 9), rise])) for rise in range(-90, 91, 3)
+                            for side in (1, -1, 0) if side or abs(rise) > 16]
+        for _, place in places:
+            low, high = here + place - half, here + place + half
+            covered = ((drawn > low) & (drawn < high)).all(1).sum()
+            hidden = sum((np.minimum(high, b) - np.maximum(low, a)).clip(0).prod() for a, b in placed)
+            outside = (ax.bbox.min - low).clip(0).sum() + (high - ax.bbox.max).clip(0).sum()
+            cost.append(8 * covered + hidden + 9 * outside + math.hypot(place[0] - half[0], 2 * place[1]))
+        side, best = places[np.argmin(cost)]
+        placed.append((here + best - half, here + best + half))
+        arrow = {"arrowstyle": "-", "lw": 0.7, "color": colour, "relpos": (0.5 - side / 2, 0.5)}
+        ax.annotate(label, (x, y), best * 72 / ax.figure.dpi, textcoords="offset points", fontsize=9,
+                    color=colour, ha="center", va="center", arrowprops=arrow)
+
+
 def curve(ax, o, x: str = "step", each: float = 1.0) -> None:
-    """The validation loss of an arm over `each` times x: the mean over its seeds, and their band."""
-    logs = [log.points("val_loss", x)[:-1] for log in o.logs]  # the last is over more tokens than the others
+    """The validation loss of an arm over `each` times x: the mean over its seeds, and their band. The final
+    one is of more tokens than those before it, so that it stands alone."""
+    logs = [[(each * there, loss) for there, loss in log.points("val_loss", x)] for log in o.logs]
     if not logs:
         return
-    xs, (low, mean, high) = [each * p[0] for p in logs[0]], zip(*(
-        (min(column), sum(column) / len(column), max(column))
-        for column in zip(*([y for _, y in log] for log in logs))))
-    style, tokens = look(o.arm), o.logs[0].config["eval_tokens"]
-    ax.plot(xs, mean, label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
-    ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, lw=0)
-    ax.set_ylabel(f"validation loss, first {tokens:,} tokens\n({unit([o])})")
+    columns = [(column[0][0], [loss for _, loss in column]) for column in zip(*logs)]
+    xs, low, mean, high = zip(*((there, min(ys), sum(ys) / len(ys), max(ys)) for there, ys in columns))
+    style, c = look(o.arm), o.logs[0].config
+    ax.plot(xs[:-1], mean[:-1], label=ARMS[o.arm].label, ms=4, lw=1.6, **style)
+    ax.fill_between(xs[:-1], low[:-1], high[:-1], color=style["color"], alpha=0.2, lw=0)
+    ax.plot(xs[-1], o.mean, ms=8, mew=1.6, mfc="none", **style | {"ls": ""})
+    of = "all" if c.get("final_eval_tokens", 10**8) >= 10**8 else f"{c['final_eval_tokens']:,} tokens"
+    ax.plot([], [], "o", ms=8, mfc="none", color="0.3", label=f"final, {of} of the validation text")
+    ax.set_ylabel(f"validation loss ({unit([o])})\ncurves: its first {c['eval_tokens']:,} tokens")
 
 
 def curves_and_gaps(found, scale):
@@ -86,6 +128,7 @@ def figure5(found, scale):
     for o in (low, by_time):
         curve(right, o, "step", seconds_per_step(o.arm, scale))
     left.set(xlabel="training FLOPs (executed)")
+    left.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("e+", "e"))
     right.set(xlabel="seconds of training (as paper.bench timed the steps)", ylabel="")
     return fig
 
@@ -96,7 +139,7 @@ def loss_over_lr(found, scale):
     losses = [loss for o in found for loss in o.grid.values() if loss is not None]
     top = min(losses + [1]) * 2 if len(losses) < 2 else min(losses) + 0.8 * (max(losses) - min(losses))
     for o in found:
-        style, label = look(o.arm), ARMS[o.arm].label
+        style, label = look(o.arm), ARMS[o.arm].label if len(found) <= MOST else None
         shown = [(lr, min(top, loss if loss is not None else top)) for lr, loss in o.grid.items()]
         ax.plot(*zip(*shown), label=label, ms=5, lw=1.5, **style)
         lost = [lr for lr, loss in o.grid.items() if loss is None]
@@ -114,6 +157,9 @@ def loss_over_lr(found, scale):
     ax.set(xscale="log", xlabel="learning rate of the block matrices (rings: the best of each)",
            ylabel=f"final validation loss ({unit(found)})")
     name_lrs(ax, {lr for o in found for lr in o.grid})
+    if len(found) > MOST:
+        ax.set_ylim(bottom=min(losses) - 0.14 * (top - min(losses)))
+        label_points(ax, [(o.lr, o.grid[o.lr], o.label, look(o.arm)["color"]) for o in found if o.lr])
     return fig
 
 
@@ -123,8 +169,12 @@ def name_lrs(ax, lrs: set) -> None:
         name_ticks(ax.xaxis, sorted(lrs))
 
 
-def name_ticks(axis, ticks, unit: float = 1.0, suffix: str = "") -> None:
-    axis.set_ticks(ticks, labels=[f"{tick / unit:g}{suffix}" for tick in ticks])
+def name_ticks(axis, ticks) -> None:
+    """20000 as 20k, 1000000 as 1M, 2e+11 as 2e11."""
+    def short(x):
+        return next((f"{x / unit:g}{suffix}" for unit, suffix in ((1e6, "M"), (1e3, "k"))
+                     if unit <= x < 1000 * unit), f"{x:g}".replace("e+", "e"))
+    axis.set_ticks(ticks, labels=[short(tick) for tick in ticks])
     axis.set_minor_formatter("")
 
 
@@ -158,34 +208,47 @@ def transfer(found, scale):
 
 
 def loss_over_adam_lr(found, scale):
-    fig, (ax,) = panels(1, 8, 4.6)
-    by_name, lines = {o.arm: o for o in found}, {}
+    """A row for each method: the loss at its best adam_lr, and how far above it ends at the others."""
+    by_name, rows = {o.arm: o for o in found}, {}
     for base, lr, adam_lr, arm in ADAM_LRS:
-        lines.setdefault((base, lr), []).append((adam_lr, by_name[arm].grid.get(lr)))
-    for (base, lr), shown in lines.items():
-        ax.plot(*zip(*shown), label=f"{ARMS[base].label}, lr {lr:g}", ms=5, lw=1.5, **look(base))
-    ax.set(xscale="log", xlabel="learning rate of embedding, head and norms",
-           ylabel=f"final validation loss ({unit(found)})")
+        rows.setdefault((base, lr), {})[adam_lr] = by_name[arm].grid.get(lr)
+    columns = sorted({adam_lr for losses in rows.values() for adam_lr in losses})
+    fig, (ax,) = panels(1, 9.5, 1.5 + 0.26 * len(rows))
+    ax.grid(False)
+    for row, ((base, _), losses) in enumerate(rows.items()):
+        best, kind = min(loss for loss in losses.values() if loss is not None), family(base)
+        for adam_lr, loss in losses.items():
+            column, above = columns.index(adam_lr), math.inf if loss is None else loss - best
+            ax.barh(row, 0.96, 0.92, column - 0.48, color=FAMILIES[kind], alpha=max(0.08, 0.9 - 6 * above),
+                    label="" if above else kind)
+            ax.text(column, row, f"{loss:.3f}" if not above else f"+{above:.3f}", ha="center", va="center",
+                    fontsize=9, color="k" if above else "w", fontweight="normal" if above else "bold")
+    ax.set(xlabel="learning rate of embedding, head and norms\nwhite: final loss at the best "
+           f"({unit(found)}); black: how far above it", xticks=range(len(columns)),
+           xticklabels=[f"{x:g}" for x in columns], yticks=range(len(rows)),
+           yticklabels=[f"{ARMS[base].label}, lr {lr:g}" for base, lr in rows], ylim=(len(rows) - 0.4, -0.6))
     return fig
 
 
 def loss_over_memory(found, scale):
-    fig, (ax,) = panels(1, 8, 4.8)
+    fig, (ax,) = panels(1, 9.5, 5)
     for o in found:
-        ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=7, label=o.label,
-                    **look(o.arm) | {"ls": ""})
+        ax.errorbar(o.memory["all"] / 1e6, o.mean, yerr=o.sd or 0, capsize=3, ms=6, fmt="o",
+                    color=FAMILIES[family(o.arm)], label=family(o.arm))
     ax.set(xscale="log", xlabel="MB of weights, gradients and optimizer state",
            ylabel=f"final validation loss ({unit(found)})")
     name_ticks(ax.xaxis, [25, 30, 40, 50, 60, 80])
+    label_points(ax, [(o.memory["all"] / 1e6, o.mean, o.label, FAMILIES[family(o.arm)])
+                      for o in sorted(found, key=lambda o: o.mean)])
     return fig
 
 
 def over_parameters(ax, found, scale, ys: list) -> list[float]:
-    """A line for the low-rank models and one for the dense, over million parameters, which it returns."""
+    """A line for the low-rank models and one for the dense, over parameters, which it returns."""
     xs, half = [], len(found) // 2
     for o in found:
         c = SIZES[ARMS[o.arm].size or scale.size]
-        xs.append(count_parameters(replace(c, rank_ratio=None) if o.arm.startswith("dense") else c) / 1e6)
+        xs.append(count_parameters(replace(c, rank_ratio=None) if o.arm.startswith("dense") else c))
     ax.plot(xs[:half], ys[:half], label="Spectron, low-rank", ms=6, lw=1.6, **look("spectron"))
     ax.plot(xs[half:], ys[half:], label="Muon, dense", ms=6, lw=1.6, **look("dense"))
     return xs
@@ -198,9 +261,9 @@ def figure6(found, scale):
     xs = over_parameters(ax, found, scale, ys)
     for i in range(half):
         ax.plot(xs[i::half], ys[i::half], color="0.6", lw=0.8, ls=":")
-    ax.set(xscale="log", xlabel="million parameters (dotted: the same shape, equal FLOPs)",
+    ax.set(xscale="log", xlabel="parameters (dotted: the same shape, equal FLOPs)",
            ylabel=f"perplexity per {unit(found).split()[-1]}")
-    name_ticks(ax.xaxis, [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 50, 100, 200, 500, 1000, 2000)
+    name_ticks(ax.xaxis, [tick for tick in (2e5, 5e5, 1e6, 2e6, 5e6, 1e7, 5e7, 1e8, 2e8, 5e8, 1e9, 2e9)
                           if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
     return fig
 
@@ -209,7 +272,7 @@ def figure7(found, scale):
     fig, axes = panels(3, 10.5)
     for ax, task in zip(axes, ("hellaswag", "piqa", "arc_easy")):
         over_parameters(ax, found, scale, [100 * o.scores[f"{task}_acc_norm"] for o in found])
-        ax.set(xscale="log", xlabel="million parameters", ylabel=f"{task}, acc_norm (%)")
+        ax.set(xscale="log", xlabel="parameters", ylabel=f"{task}, acc_norm (%)")
     return fig
 
 
@@ -232,10 +295,8 @@ def figure2(found, scale):
     low, dense = found
     matrix = low.logs[0].config["spectra_of"]
     left.set(xlabel="step", ylabel=rf"$\|\Delta W\|_2$ of {matrix}", yscale="log")
-    for log, label, line in ((dense.logs[0], "ratio, each at its best learning rate", "-"),
-                             (log_of(Run(dense.arm, low.lr), scale), f"ratio, both at {low.lr:g}", ":")):
-        if log:
-            right.plot(*zip(*ratios(low.logs[0], log, "dW")[:-1]), color=BLUE, ls=line, lw=1.6, label=label)
+    right.plot(*zip(*ratios(low.logs[0], dense.logs[0], "dW")[:-1]), color=BLUE, lw=1.6,
+               label="ratio, each at its best learning rate")
     for ratio in 10, 30:
         right.axhline(ratio, color="0.3", ls="--", lw=1.2)
         right.text(0.99, ratio, f"the paper's {ratio}x", transform=right.get_yaxis_transform(), ha="right",
@@ -257,16 +318,30 @@ def figure3(found, scale):
     for ax, (key, label) in zip(axes, labels.items()):
         norm_curves(ax, found, key)
         ax.set(xlabel="step", ylabel=label, yscale="linear" if key == "W" else "log")
-        ax.text(0.98, 0.02, found[0].logs[0].config["spectra_of"], transform=ax.transAxes, ha="right",
-                fontsize=8, color="0.35")
+    axes[0].set_xlabel(f"step ({found[0].logs[0].config['spectra_of']})")
     return fig
 
 
 def readme_figure(found) -> None:
-    """||dW||_2 of three ways to update the same factors, and the bound that one of them has."""
-    fig, (ax,) = panels(1, 8, 4.4)
-    norm_curves(ax, found, "dW")
-    ax.set(xlabel="step", ylabel=r"spectral norm of a step of $W = AB^T$", yscale="log")
+    """||dW||_2 over the learning rate, with and without renormalization, at Spectron's best one."""
+    fig, (ax,) = panels(1, 8, 4.3)
+    lr, first = found[0].lr, found[0].logs[0]
+    second = log_of(Run("orthogonalize-adam0.003", lr), scale_of("nano"))  # and all else is Spectron's
+    for log, name, colour in ((first, "Spectron", BLUE),
+                              (second, "Muon on the factors\n(no renormalization)", RED)):
+        points = log.points("gauge")
+        ax.plot(*zip(*points), color=colour, lw=2.4)
+        ax.text(points[-1][0] + 4, points[-1][1], f"{name}\nloss {log.final_loss:.3f}", color=colour,
+                fontsize=12, fontweight="bold", va="center")
+    ax.axhspan(0.1, 1, color=BLUE, alpha=0.08, lw=0)
+    ax.axhline(1, color=BLACK, lw=1.4)
+    ax.axhline(1.21, color=GREY, lw=0.9, ls=":")
+    ax.text(198, 0.97, "Spectron's bound: the learning rate", ha="right", va="top", fontsize=11)
+    ax.text(198, 1.25, "1.21, with five Newton-Schulz steps", ha="right", va="bottom", fontsize=9, color=GREY)
+    ax.set(xlabel="step", ylabel=r"step of $W = AB^T$: $\|\Delta W\|_2\,/\,$lr", yscale="log",
+           xlim=(0, points[-1][0]), ylim=(0.4, 15))
+    name_ticks(ax.yaxis, [0.5, 1, 2, 5, 10])
     save(fig, RESULTS / "readme.png",
-         "Spectron's step of W stays under its learning rate, which is its bound",
-         f"size nano, {found[0].logs[0].config['spectra_of']}, each at its best learning rate")
+         "Renormalization keeps each step of W below the learning rate; without it, steps grow to "
+         f"{max(value for _, value in second.points('gauge')):.0f} times the learning rate",
+         f"Size nano, lr {lr:g}, seed 0, {first.config['spectra_of']}; final validation loss, {unit(found)}")

@@ -1,4 +1,4 @@
-"""The experiments: which arms a table or figure of the paper compares, and what came of them here."""
+"""The experiments: which methods a table or figure of the paper compares, and what came of them here."""
 
 import math
 import re
@@ -27,7 +27,7 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, by the number of s
 
 @dataclass
 class Outcome:
-    """One arm at one scale: its learning rates, and its best one over the seeds."""
+    """One method at one scale: its learning rates, and its best one over the seeds."""
     arm: str
     grid: dict  # lr -> validation loss of seed 0, None where it diverged
     lr: float | None  # the best
@@ -95,8 +95,8 @@ def outcome(name: str, scale: Scale) -> Outcome:
 
 
 def gap(a: Outcome, b: Outcome) -> tuple[float | None, float | None, int]:
-    """(how much higher b ends than a in nats, half of its 95% interval, seeds), from the differences seed by
-    seed: a seed has the same data in both. None where one diverged, and for the interval of one seed."""
+    """(b's loss minus a's in nats, half of its 95% interval, seeds), from the differences seed by seed, as a
+    seed has the same data in both. None where one diverged, and for the interval of one seed."""
     pairs = [b.by_seed[seed] - a.by_seed[seed] for seed in a.by_seed
              if None not in (a.by_seed[seed], b.by_seed.get(seed))]
     if len(pairs) < 2:
@@ -128,14 +128,11 @@ class Experiment:
     """A table or figure of the paper; what it says is in experiments.md."""
     arms: list | tuple  # in the paper's order, the best first
     figure: Callable  # (outcomes, scale) -> matplotlib figure
-    title: str = ""
-    message: str = ""
-    note: str = ""
-    few: bool = False  # three learning rates for each arm, as they are many or cost much
-    single: bool = False  # one seed, though other experiments may have given some arms more
+    few: bool = False  # three learning rates for each method, as they are many or cost much
+    single: bool = False  # one seed, though other experiments may have given some methods more
     tasks: bool = False  # task columns, above nano
     pairs: Callable | None = against_first  # outcomes -> the pairs whose difference is told
-    memory: bool = False  # columns of what each arm costs
+    memory: bool = False  # columns of what each method costs
 
 
 def ladder(scale: Scale) -> list:
@@ -173,12 +170,10 @@ EXPERIMENTS = {
     "fig6": Experiment((), draw.figure6, few=True, single=True, pairs=same_shape),
     "fig7": Experiment((), draw.figure7, few=True, single=True, tasks=True, pairs=same_shape),
 }
-for name, e in EXPERIMENTS.items():
-    vars(e).update(SAID[name])
 
 
 def arms_and_scale(name: str, scale: Scale) -> tuple[list | tuple, Scale]:
-    """The arms of an experiment, and a scale with as many learning rates and seeds as it has."""
+    """The methods of an experiment, and a scale with as many learning rates and seeds as it has."""
     e = EXPERIMENTS[name]
     return e.arms or ladder(scale), replace(scale, lrs=min(3, scale.lrs) if e.few else scale.lrs,
                                             seeds=1 if e.single else scale.seeds)

@@ -1,15 +1,14 @@
-"""What each method found beside its perplexity: sixteen metrics of its checkpoints.
+"""What each method found beside its perplexity: eighteen metrics of its checkpoints.
 
     python -m paper.geometry              tables and figures in results/geometry, from the values there
     python -m paper.geometry --measure    train and measure first what is missing: hours
 
-Our reconstruction of the metrics of "Beyond Perplexity" (arXiv 2605.13652), whose abstract names four
-dimensions and not their members. W is multiplied out, so that one direction or one path means the same for
-every method; CoLA, whose layers are not linear, has activations only. The runs are those of the comparison,
-at each method's best learning rate, with numbered checkpoints.
+Our reconstruction of the sixteen metrics of "Beyond Perplexity" (arXiv 2605.13652); README_METRIC.md of
+github.com/NamrataRShivagunde/low-rank-geometry has its authors' own scripts. W is multiplied out: a direction
+or a path means the same for every method. CoLA, whose layers are not linear, has activations only. The runs
+are those of the comparison, at each method's best learning rate, with numbered checkpoints.
 """
 
-import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -34,7 +33,7 @@ from paper.runs import OUT, RESULTS, Run
 WHERE = RESULTS / "geometry"
 ARMS_HERE = ("dense-adamw", "dense", "spectron", "equilibrated", "adamw", "self-guided", "galore", "fira",
              "sltrain", "relora", "sct", "tsvd", "cola")
-FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most of the rivals
+FULL = "dense-adamw"  # what activations are compared with: the same optimizer as most other methods have
 STEPS, KEPT, SEEDS = 200, 50, 3
 SCALE = replace(runs.scale_of("nano", steps=STEPS), name="geometry", flags=("--keep_every", str(KEPT)))
 DIRECTIONS, TOP = 10, 10
@@ -51,6 +50,7 @@ DIMENSIONS = {
                 "norm of dW over W's": "dW_relative_norm"},
     "activations": {"distance to dense": "distance", "relative": "relative_distance", "cosine": "cosine",
                     "CKA": "cka"}}
+IN_TABLE_ONLY = "W_gap", "dW_norm"
 
 
 def offsets(reach: float, half: int = 6) -> list[float]:
@@ -263,21 +263,23 @@ def barriers() -> str:
 
 
 def figure(found: dict, dimension: str):
-    """Each metric of a dimension over the checkpoints, a line for each method."""
-    keys = DIMENSIONS[dimension]
-    rows = math.ceil(len(keys) / 4)
-    columns = math.ceil(len(keys) / rows)
-    fig, axes = draw.panels(rows * columns, 3.2 * columns, 1 + 2.8 * rows, rows)
-    for ax in axes[len(keys):]:
-        ax.remove()
+    """A row for each method and a panel for each metric: mean and standard deviation over the seeds at the
+    last checkpoint, and the means before it."""
+    keys = {label: key for label, key in DIMENSIONS[dimension].items() if key not in IN_TABLE_ONLY}
+    found = {arm: seeds for arm, seeds in found.items() if set(keys.values()) & set(seeds[0][-1])}
+    fig, axes = draw.panels(len(keys), 2.4 * len(keys) + 1.6, 1.3 + 0.24 * len(found), sharey=True)
     for ax, (label, key) in zip(axes, keys.items()):
-        for arm, seeds in found.items():
-            steps = [c["step"] for c in seeds[0] if key in c]
-            ys = [[c[key] for c in seed if key in c] for seed in seeds]
-            if steps:
-                ax.plot(steps, np.mean(ys, 0), ms=4, lw=1.4, label=ARMS[arm].label, **draw.look(arm))
-        ax.set_xlabel("step")
-        ax.set_ylabel(label, fontsize=9.5)
+        for row, (arm, seeds) in enumerate(found.items()):
+            values = np.array([[c[key] for c in seed if key in c] for seed in seeds])
+            kind, spread = draw.family(arm), values[:, -1].std(ddof=1) if len(seeds) > 1 else 0
+            ax.plot(values.mean(0)[:-1], [row] * (values.shape[1] - 1), ".", color="0.6", ms=4)
+            ax.errorbar(values[:, -1].mean(), row, xerr=spread, fmt="o", ms=6, capsize=3, label=kind,
+                        color=draw.FAMILIES[kind])
+        ax.set_xlabel(label, fontsize=10)
+        ax.locator_params(axis="x", nbins=3)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes[0].set(yticks=range(len(found)), yticklabels=[ARMS[arm].label for arm in found],
+                ylim=(len(found) - 0.5, -0.5))
     return fig
 
 
@@ -285,14 +287,15 @@ def report() -> None:
     found = {arm: [] for arm in ARMS_HERE}  # arm -> a list of seeds, each a list of checkpoints
     for seed in logs.read(WHERE / "values.jsonl").values():
         found[seed[0]["arm"]].append(seed)
-    parts = ["# Sixteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
+    parts = ["# Eighteen metrics beside perplexity\n\nOur reconstruction of the sixteen of arXiv 2605.13652, "
              f"after {STEPS} steps, mean ± standard deviation over the seeds. `python -m paper.geometry`\n"]
     for name, keys in DIMENSIONS.items():
         rows = [[ARMS[arm].label, *(cell(seeds, key) for key in keys.values())]
                 for arm, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
         save(figure(found, name), WHERE / f"{name}.png", SAID[name]["message"], f"nano, {STEPS} steps, each "
-             "method at its best learning rate, mean of the seeds")
+             f"method at its best learning rate; mean and standard deviation of {SEEDS} seeds after the last "
+             f"step, grey: earlier, each {KEPT} steps")
     parts += ["## Barriers between methods, seed 0\n", barriers()]
     write(WHERE / "table.md", "\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")

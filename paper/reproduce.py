@@ -3,7 +3,7 @@
     python -m paper.reproduce table2                 at nano, on the offline corpus
     python -m paper.reproduce all --scale nano       all that two cores can do: hours, and it may be stopped
     python -m paper.reproduce fig3 --scale S         at the paper's size, on what GPUs there are
-    python -m paper.reproduce report                 results/README.md, from the logs that are there
+    python -m paper.reproduce report                 results/README.md, which lists them, and its figure
 
 table1 has figures 4 and 14a too, table2 10, table3 11, fig5 1, isoflop 8 and 9, and parametric appendix D.
 Each writes results/NAME/<scale>/: table.md and figure.png. The logs behind them are in results/runs: a run
@@ -17,17 +17,22 @@ from lib.cli import Parser, command, positive
 from lib.methods import count_parameters
 from model import ALIASES, SIZES
 from paper import draw, equilibrated, one_gpu, runs, scaling, tuned
-from paper.experiments import EXPERIMENTS, PAPER, outcomes_of
-from paper.output import write
+from paper.experiments import EXPERIMENTS, PAPER, SAID, outcomes_of
+from paper.output import markdown, write
 from paper.runs import RESULTS
-from paper.tables import all_tables, prepare, report
+from paper.tables import prepare, report, words
 
 COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
           "table5": ("Table 5: the models of the scaling laws", list(PAPER["table5"]))}
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
-REPORT = [("rivals", {}), ("rivals-flops", {}), ("claims", {}), ("neighbours", {"seeds": 5}), ("adam_lr", {}),
-          ("fig12", {}), ("transfer", {}), ("table2", {}), ("table2", IMDB), ("table1", {}), ("table3", {}),
-          ("fig13", {}), ("fig2", {}), ("fig3", {}), ("fig5", {}), ("fig6", {})]  # and their scale, at nano
+REPORT = {"rivals": [{}], "rivals-flops": [{}], "claims": [{}], "table1": [{}], "table2": [{}, IMDB],
+          "table3": [{}], "fig2": [{}], "fig3": [{}], "fig5": [{}], "fig6": [{}], "fig12": [{}],
+          "fig13": [{}], "transfer": [{}], "adam_lr": [{}], "neighbours": [{}],
+          "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
+OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
+          "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
+          "parametric": ("parametric/table.md", "parametric/precision.png"),
+          "geometry": ("geometry/README.md", "geometry/spectra.png"), "counts": ("table4/table.md", "")}
 
 
 def counts(name: str) -> str:
@@ -45,16 +50,19 @@ def counts(name: str) -> str:
     return "\n".join(rows) + "\n"
 
 
-def results_readme() -> str:
-    """results.md, then every table, from the logs alone."""
-    parts = [Path(__file__).with_name("results.md").read_text("utf-8")]
-    for name, given in REPORT:
-        e, scale = EXPERIMENTS[name], runs.scale_of("nano", **given)
-        found = outcomes_of(name, scale)
-        parts += [f"## {e.title}" + (f", on {given['data']}" if "data" in given else ""),
-                  all_tables(name, found).strip(), f"{e.note} `{runs.reproduce(name, scale)}`, "
-                  f"[figure]({name}/{scale.name}/figure.png)."]
-    return "\n\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
+def index() -> str:
+    """results/README.md: results.md with a row for each experiment, from their titles and messages."""
+    rows = []
+    for name, scales in REPORT.items():
+        scales = [runs.scale_of("nano", **given) for given in scales]
+        tables = [f"[{name if i == 0 else scale.name}]({name}/{scale.name}/table.md)"
+                  for i, scale in enumerate(scales)]
+        rows.append([words(name, scales[0]), ", ".join(tables), f"{name}/{scales[0].name}/figure.png"])
+    rows += [[SAID[name], f"[{name}]({page})", figure] for name, (page, figure) in OTHERS.items()]
+    table = markdown(["question", "answer", "table", "figure"], [
+        [said["title"].split(" (")[0], said["message"], tables, f"[figure]({figure})" if figure else ""]
+        for said, tables, figure in rows])
+    return Path(__file__).with_name("results.md").read_text("utf-8").replace("TABLE\n", f"{table}\n")
 
 
 @command
@@ -65,7 +73,7 @@ def main(argv=None):
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
     parser.add_argument("--seeds", type=positive, help="runs at the best learning rate (3; neighbours 5)")
-    parser.add_argument("--lrs", type=positive, help="learning rates of each arm (6 at nano, 3 above)")
+    parser.add_argument("--lrs", type=positive, help="learning rates of each method (6 at nano, 3 above)")
     parser.add_argument("--data", help="token shards (those of train.py)")
     parser.add_argument("--steps", type=positive,
                         help="steps of each run (200 at nano, the paper's above)")
@@ -73,7 +81,7 @@ def main(argv=None):
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and end")
     args = parser.parse_args(argv)
     if args.name == "report":
-        write(RESULTS / "README.md", results_readme())
+        write(RESULTS / "README.md", index())
         draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")))
         return print(f"{RESULTS}/README.md, readme.png")
     for name in COUNTS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.cli import UserError
 from paper import draw, runs
 from paper.arms import ARMS, TRANSFERRED
-from paper.experiments import EXPERIMENTS, arms_and_scale, gap, outcomes_of
+from paper.experiments import EXPERIMENTS, SAID, arms_and_scale, gap, outcomes_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
@@ -15,12 +15,12 @@ TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 
 
 def table(name: str, found) -> str:
-    """Every arm at its best learning rate, beside the paper, as Markdown."""
+    """Every method at its best learning rate, beside the paper, as Markdown."""
     least, paper = min(o.mean for o in found), [o.paper for o in found if o.paper]
     tasks = [task for task in TASKS if any(f"{task}_acc_norm" in o.scores for o in found)]
     costs = EXPERIMENTS[name].memory
-    head = ["", "lr", f"validation loss ({draw.unit(found)})", "n", "perplexity", "over the best",
-            "lr within 5%", "steps", "FLOPs", *tasks,
+    head = ["", "lr", f"validation loss ± standard deviation ({draw.unit(found)})", "n", "perplexity",
+            "over the best", "lr within 5%", "steps", "FLOPs", *tasks,
             *(["parameters", "state (MB)", "training memory (MB)", "s / step"] if costs else []),
             *(["the paper's perplexity", "its loss over its best"] if paper else [])]
     rows = []
@@ -42,7 +42,7 @@ def table(name: str, found) -> str:
 
 
 def differences(name: str, found) -> str:
-    """How much higher the second arm of each pair ends than the first."""
+    """How much higher the loss of the second method of each pair is than that of the first."""
     pairs = EXPERIMENTS[name].pairs
     rows = [[f"{b.label} − {a.label}", *gap_cells(a, b)] for a, b in (pairs(found) if pairs else [])]
     return markdown(["difference", "nats", "95% interval", "seeds"], rows) if rows else ""
@@ -110,7 +110,13 @@ def over(loss: float, best: float) -> str:
 def setting(scale: Scale, found) -> str:
     steps, seeds = f"{scale.steps:,}" if scale.steps else "the paper's", max(len(o.by_seed) for o in found)
     return (f"Size {scale.size}, {steps} steps of {scale.tokens_per_step:,} tokens of {scale.data}; "
-            + ("seed 0" if seeds < 2 else f"up to {seeds} seeds at each arm's best learning rate"))
+            + ("seed 0" if seeds < 2 else f"up to {seeds} seeds at each method's best learning rate"))
+
+
+def words(name: str, scale: Scale) -> dict:
+    """Title, message and note of an experiment at a scale. The message of nano may not hold at another."""
+    own = SAID.get(f"{name}/{scale.name}", {})
+    return {"note": ""} | SAID[name] | ({} if scale.name == "nano" else {"message": ""}) | own
 
 
 def prepare(name: str, scale: Scale, dry: bool = False) -> None:
@@ -132,15 +138,17 @@ def prepare(name: str, scale: Scale, dry: bool = False) -> None:
 def report(name: str, scale: Scale) -> None:
     """table.md and figure.png of an experiment whose runs are there."""
     where, e, found = RESULTS / name / scale.name, EXPERIMENTS[name], outcomes_of(name, scale)
+    said = words(name, scale)
     every = "\n".join(f"- {o.label}: " + ", ".join(
         f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
         for o in found)
-    write(where / "table.md", f"# {e.title}\n\n{setting(scale, found)}. `{runs.reproduce(name, scale)}`\n\n"
-          f"{all_tables(name, found)}\n{e.note}\n\nEvery learning rate (seed 0):\n\n{every}\n\n"
+    write(where / "table.md", f"# {said['title']}\n\n{setting(scale, found)}. "
+          f"`{runs.reproduce(name, scale)}`\n\n{all_tables(name, found)}\n{said['note']}\n\n"
+          f"Every learning rate (seed 0):\n\n{every}\n\n"
           "![figure](figure.png)\n")
     lost = [o.label for o in found if not o.logs]
     if lost and e.figure not in (draw.curves_and_gaps, draw.loss_over_lr, draw.loss_over_adam_lr):
         return print(f"{where}/table.md; no figure: no loss of {', '.join(lost)}")
-    message = e.message if scale.name == "nano" else ""  # at another scale it may not hold
-    save(e.figure(found, scale), where / "figure.png", message or e.title, setting(scale, found))
+    save(e.figure(found, scale), where / "figure.png", said.get("message") or said["title"],
+         setting(scale, found))
     print(f"{where}/table.md, figure.png", flush=True)

@@ -1,4 +1,4 @@
-"""The sixteen metrics on cases whose value is known, and their measurement on two small runs."""
+"""The eighteen metrics on cases whose value is known, and their measurement on two small runs."""
 
 import shutil
 

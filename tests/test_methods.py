@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_is_scored_and_exported_as_the_mixture(run):
     (["--method_args", "init=dense"], ["--method_args", "--method spectron takes none"]),
     ([*GUIDED, "--compile"], ["--compile does not go with --method self-guided"]),
     ([*GUIDED, "--no-renormalize"], ["--no-renormalize does not apply to --method self-guided"]),
-    (["--method", "not-there"], ["--method not-there", "baselines/not_there.py", "train.py --help"]),
+    (["--method", "not-there"], ["--method not-there", "baselines/not_there.py", "There are spectron"]),
     (["--method", "../data"], ["--method ../data"]),
 ])
 def test_wrong_methods_and_arguments_are_refused(fails, flags, fragments):

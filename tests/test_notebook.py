@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,19 @@ print(os.environ.get("MPLBACKEND"), "matplotlib.pyplot" in sys.modules,
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{named} False {named == 'svg'}\n"
     assert (log / "fig.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_in_a_notebook_the_picture_is_shown_and_in_a_terminal_it_is_not(log, monkeypatch, kernel):
+    shown, shell = [], SimpleNamespace(**{"kernel": 1} if kernel else {})
+    ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
+    ipython.get_ipython, ipython.version_info = lambda: shell, (9, 0)  # matplotlib asks for it
+    display.Image, display.display = lambda filename: filename, shown.append
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    for name in "fig.png", "fig.svg":
+        plot.figure([log], log / name)
+    assert shown == ([str(log / "fig.png")] if kernel else []) and (log / "fig.svg").stat().st_size > 1000
 
 
 def test_tokens_of_two_tokenizers_have_no_unit_in_common():

@@ -414,6 +414,13 @@ def test_committed_counts_are_what_the_code_says(name):
     assert (RESULTS / name / "table.md").read_text("utf-8") == reproduce.counts(name)
 
 
+def test_the_index_has_a_row_for_every_experiment_in_few_words():
+    text = (RESULTS / "README.md").read_text("utf-8")
+    pages = [page.relative_to(RESULTS).as_posix() for page in PAGES]
+    assert all(f"({page})" in text for page in pages if not page.startswith("equilibrated/"))
+    assert reproduce.index() == text and len(text.replace("|", " ").split()) <= 550
+
+
 @pytest.mark.parametrize("argv", [["table2"], ["fig5"], ["report"]], ids=lambda argv: argv[0])
 def test_a_command_leaves_what_is_committed_as_it_is(argv, tmp_path, monkeypatch):
     """Byte by byte, figures too, where they are the same to the eye."""

@@ -36,6 +36,26 @@ def test_the_plan_of_S_has_the_numbers_of_the_paper_and_of_its_memory(capsys, tm
     assert "weights 0.49 GB, gradients 0.49 GB, optimizer 0.80 GB" in printed
 
 
+@pytest.mark.parametrize("flags, there, absent", [
+    ([], ["renormalize on", "ns_steps", "power_steps"], ["muon_lr", "method_args", "stop_at", "None"]),
+    (["--no-renormalize"], ["renormalize off", "ns_steps"], ["power_steps"]),
+    (["--factorize", "ffn"], ["muon_lr 0.02"], []),
+    (["--method", "adamw"], ["adam_lr", "rank_ratio"], ["renormalize", "momentum", "ns_steps", "muon_lr"]),
+    (["--method", "dense"], ["momentum", "ns_steps 5"], ["renormalize", "rank_ratio", "factorize"]),
+    (["--method", "lora-muon"], ["momentum"], ["weight_decay", "renormalize", "shape_scale"]),
+    (["--method", "galore", "--method_args", "gap=10"], ["method_args gap=10", "lr 0.02"], ["rank_ratio"])])
+def test_the_settings_are_in_groups_and_those_that_this_method_has(capsys, flags, there, absent):
+    settings = planned(capsys, *flags, "--device", "cpu").split(" model: ")[0]
+    starts = [settings.index(f"{title}: ") for title in train.FLAGS_BY_TOPIC]
+    assert starts == sorted(starts) and starts[0] == 0
+    assert all(text in settings for text in there) and not any(text in settings for text in absent)
+
+
+def test_the_memory_of_a_matrix_says_what_it_adds(capsys):
+    assert ("each matrix of a block, in MB of weights + gradients + optimizer state: q_proj, k_proj, v_proj, "
+            "o_proj 0.131 + 0.131 + 0.131" in planned(capsys, "--device", "cpu"))
+
+
 @pytest.mark.parametrize("method, size", [("spectron", "0.80"), ("adamw", "0.97")])
 def test_adamw_keeps_two_moments_of_every_parameter(capsys, tmp_path, monkeypatch, method, size):
     monkeypatch.chdir(tmp_path)

@@ -16,18 +16,22 @@ import eval as evaluation
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
 from launch import FLOAT64, train_on
-from lib.methods import Muon, assert_assigned, flops_per_token, split_parameters
+from lib.methods import assert_assigned, flops_per_token, split_parameters
+from lib.optimizers import Muon
 from model import Llama, LlamaConfig
-from paper import experiments, runs
 from spectron import Spectron
 from tools import plot, prepare, sample
 
-KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "lr", "dW", "W", "dy", "sigma_A",
-        "sigma_B", "rho", "gauge", "divisor"}
+KEYS = {"step", "tokens", "flops", "seconds", "loss", "val_loss", "val_tokens", "lr", "dW", "W", "dy",
+        "sigma_A", "sigma_B", "rho", "gauge", "divisor"}
 
 
 def records(run):
     return plot.read_log(run)[1]
+
+
+def records_config(run):
+    return plot.read_log(run)[0]["config"]
 
 
 def weights(run):
@@ -81,6 +85,30 @@ def test_every_method_and_ablation_trains_and_logs_finite_norms(run, flags):
                 if row[key] is not None} == known
         assert row["dW"] > 0 and row["lr"] > 0
     assert rows[-1]["loss"] < 6.0
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "gauge"), (["--no-orthogonalize"], "gauge"), (["--method", "equilibrated"], "gauge"),
+    (["--factorize", "ffn", "--spectra_of", "blocks.0.ffn.up_proj"], "gauge"),
+    (["--factorize", "ffn"], "dW/lr"),
+    (["--no-renormalize"], "dW/lr"), (["--weight_decay", 0.1], "dW/lr"), (["--shape_scale"], "dW/lr"),
+    (["--method", "equilibrated", "--no-renormalize"], "dW/lr"), (["--method", "adamw"], "dW/lr"),
+    (["--method", "dense"], "dW/lr"), (["--method", "lora-muon"], "dW/lr")])
+def test_the_column_is_called_gauge_where_lr_bounds_the_step(run, capsys, flags, name):
+    row = records(run("--steps", 2, *flags))[-1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step      2/2"))
+    assert f"  {name} {row['gauge']:7.4f}  " in line and line.count("gauge") == (name == "gauge")
+    assert "MFU" not in line  # of a CPU no peak is known
+    assert name != "gauge" or row["gauge"] <= 1.21
+
+
+def test_log_and_end_say_on_how_many_tokens_the_validations_are(run, capsys):
+    out = run("--steps", 4, "--eval_every", 2, "--eval_tokens", 64, "--spectra_every", 3)
+    all_of_it = data.open_split(records_config(out)["data"], "val", 32, "bytes").windows * 32
+    assert [row["val_tokens"] for row in records(out)] == [None, 64, None, all_of_it]
+    assert f"val_tokens: {all_of_it} (64 in the validations before)\n" in capsys.readouterr().out
+    run("--steps", 4, "--eval_every", 2, out="same")
+    assert f"val_tokens: {all_of_it}\n" in capsys.readouterr().out
 
 
 def test_the_logged_norms_are_those_of_the_products(run):
@@ -258,7 +286,18 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
     (["--resume"], ["--out"]), (["--resume", "--out", "nowhere"], ["nowhere", "python train.py"]),
     *((flag, ["unknown flag --equilibrate", "--method equilibrated", "times=2"])
       for flag in (["--equilibrate", "1"], ["--equilibrate=2"])),
-    (["--method", "muon"], ["--method muon", "baselines/muon.py", "--help"]),
+    (["--learning_rate", "0.1"], ["unknown flag or argument --learning_rate; here it is --lr"]),
+    (["--learning-rate=0.1"], ["--learning-rate; here it is --lr"]),
+    (["--optimizer", "adamw"], ["here it is --method"]), (["--epochs", "3"], ["here it is --steps"]),
+    (["--max_steps", "3"], ["here it is --steps"]), (["--iters", "3"], ["here it is --steps"]),
+    (["--bs", "3"], ["--batch_size", "--tokens_per_step"]), (["--wd", "0.1"], ["it is --weight_decay"]),
+    (["--width", "64"], ["--size nano-2x64"]), (["--rank", "64"], ["--rank_ratio", "input width"]),
+    (["--method", "muon"], ["--method muon: no such method", "Muon on dense weights is --method dense",
+                            "on the factors --no-renormalize", "spectron, adamw", "sltrain",
+                            "baselines/muon.py"]),
+    *((["--method", wrong], [f"Did you mean --method {right}?", "There are spectron"])
+      for wrong, right in (("adam", "adamw"), ("galore-", "galore"), ("spectro", "spectron"))),
+    (["--method", "sgd"], ["SGD on the factors is --no-orthogonalize --no-renormalize", "spectron, adamw"]),
     (["--out", ""], ["--out is empty"]),
     (["--data", ""], ["--data is empty"]), (["--steps", "many"], ["many"])])
 def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, monkeypatch, flags, fragments):
@@ -421,15 +460,6 @@ def test_seed_decides_the_data_and_eval_tokens_the_validation(run, monkeypatch):
     monkeypatch.setattr(train, "validate", lambda *args: seen.append(args[2]) or validate(*args))
     run("--steps", 2, "--eval_every", 1, "--eval_tokens", 64, out="eval")
     assert seen == [64, 100_000_000]
-
-
-def test_the_default_learning_rates_at_nano_are_the_best_of_the_tables(in_a_copy):
-    best = {o.arm: o.lr for name, seeds in (("rivals", 3), ("neighbours", 5))
-            for o in experiments.outcomes_of(name, runs.scale_of("nano", seeds=seeds))}
-    rivals = [path.stem.replace("_", "-") for path in (ROOT / "baselines").glob("*.py")
-              if path.stem != "varied"]
-    for name in [*train.METHODS, *rivals]:
-        assert train.find_method(name, {}).nano_lr == best[name], name
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon to compare with")

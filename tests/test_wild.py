@@ -21,7 +21,7 @@ from launch import SHORT_END, Child
 from lib.checkpoints import load_checkpoint
 from lib.cli import rank_and_ranks
 from lib.files import replacing
-from lib.methods import adamw
+from lib.optimizers import adamw
 from lib.run_directory import cut_log
 from model import FactorizedLinear, factorize_
 from spectron import Spectron

@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 
 import data
-from lib.methods import baseline, block_matrices, count_parameters
-from model import FactorizedLinear, Llama
+from lib import flags
+from lib.methods import Method, baseline, block_matrices, count_parameters
+from model import NANO_SIZES, FactorizedLinear, Llama
 
 STATE = {"spectron": 4, "dense": 4, "adamw": 8, "dense-adamw": 8}  # bytes for each weight of a block's matrix
 
 
-def describe(c, model, flops: float, ranks: int) -> str:
+def describe(c, model, method: Method, topics: dict, ranks: int) -> str:
     """Every setting, what the model has, how a step's tokens come together, and what the run costs. `model`
-    may be on the meta device; flops are those of a token in the first step."""
-    settings = ", ".join(f"{key} {value}" for key, value in vars(c).items() if key not in ("model", "out"))
+    may be on the meta device; topics are the groups of flags."""
+    flops = method.flops_per_token(model)
     parameters, tokens = sum(p.numel() for p in model.parameters()), c.steps * c.tokens_per_step
     factors, needs = sum(p.numel() for pair in model.factor_pairs() for p in pair), memory(c, model)
-    lines = [f"settings: {settings}",
+    lines = [*flags.settings(c, topics, method), *tuned_rates(c, method),
              f"model: {parameters:,} parameters, {factors:,} of them in factors "
              f"({count_parameters(replace(model.config, rank_ratio=None)):,} if all were dense)",
              f"batch: {c.batch_size} sequences x {c.seq_len} tokens x {ranks} rank(s) x "
@@ -34,11 +35,27 @@ def describe(c, model, flops: float, ranks: int) -> str:
     alike = {}
     for name, sizes in block_memory(c, model).items():
         alike.setdefault(sizes, []).append(name.rpartition(".")[2])
-    lines += ["of that each matrix, in MB: " + "; ".join(
+    lines += ["each matrix of a block, in MB of weights + gradients + optimizer state: " + "; ".join(
         f"{', '.join(names)} " + " + ".join(f"{x / 1e6:.3g}" for x in sizes)
         for sizes, names in alike.items())]
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False)
                      for line in lines)
+
+
+def tuned_rates(c, method: Method) -> list[str]:
+    """A sentence on each learning rate that is a default, but not that of the method without other flags."""
+    tuned = method.tuned_for(c)
+    own, rates = method.learning_rates(c.size), method.learning_rates(c.size, tuned)
+    taken = [name for name, rate in rates.items() if getattr(c, name) == rate != own[name]]
+    if not taken:
+        return []
+    values = " and ".join(f"{name} {rates[name]:g}" for name in taken)
+    why = f"the best at nano for {tuned.name} (results/{tuned.table})"
+    if c.size not in NANO_SIZES:
+        ratios = " and ".join(f"{rates[name] / own[name]:.3g}" for name in taken)
+        why = f"{ratios} times that of {c.method}, untested at this size; such a ratio was {why}"
+    verb = "override" if len(taken) > 1 else "overrides"
+    return [f"{values}: {why}; {' and '.join(f'--{name}' for name in taken)} {verb}"]
 
 
 def epochs(c, tokens: int) -> str:

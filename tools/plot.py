@@ -53,6 +53,22 @@ def unit(configs: list[dict]) -> str:
     return "nats per byte" if tokenizers == {"bytes"} else "nats per token"
 
 
+def tokens_validated(record: dict, config: dict) -> int | None:
+    """How many tokens a record's val_loss is the mean of. An older log does not say: this then follows from
+    its settings, as if there were one shard. None where it has none of those."""
+    if "val_tokens" in record:
+        return record["val_tokens"]
+    limit = config.get("final_eval_tokens" if record["step"] == config.get("steps") else "eval_tokens")
+    there, T = (config.get("data_tokens") or {}).get("val"), config.get("seq_len")
+    return max(1, min((there - 1) // T, limit // T)) * T if limit and there and T else None
+
+
+def other_text(records: list[dict], config: dict) -> tuple[int, int] | None:
+    """(tokens of the last validation, tokens of those before), where these differ."""
+    found = [tokens_validated(r, config) for r in records if r.get("val_loss") is not None]
+    return (found[-1], found[0]) if len(found) > 1 and None not in found and found[-1] != found[0] else None
+
+
 def labels(configs: list[dict], runs: list) -> list[str]:
     """A name for each run: the settings in which the runs differ, and the path given where two are alike."""
     keys = [key for key in configs[0] if key not in UNTOLD
@@ -112,9 +128,18 @@ def add_legend(fig, handles, names) -> None:
 
 
 def figure(runs, out, x="step", y=None) -> None:
-    """Draw y over x of these runs to `out`. Without y: a single run's training and validation loss."""
+    """Draw y over x of these runs to `out`. Without y: a single run's training and validation loss. In a
+    notebook the picture is shown, too."""
     with replacing(out) as file, our_style():
         draw(runs, x, y).savefig(file, format=Path(out).suffix[1:], dpi=150)
+    if in_notebook() and Path(out).suffix == ".png":
+        from IPython.display import Image, display
+        display(Image(filename=str(out)))
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, which can show a picture; a terminal's IPython cannot."""
+    return hasattr(sys.modules["IPython"].get_ipython(), "kernel") if "IPython" in sys.modules else False
 
 
 @our_style()
@@ -125,16 +150,24 @@ def draw(runs, x, y):
     names, of = labels(configs, runs), configs[0].get("spectra_of")
     fig = new_figure(7, 4.3)
     ax, curves = fig.subplots(), []
-    for i, ((_, records), name) in enumerate(zip(logs, names)):
+    ends = {}  # by the tokens of the last validations: a marker of one of them, for the legend
+    for i, ((header, records), name) in enumerate(zip(logs, names)):
         for key in [y] if y else ["loss", "val_loss"]:
             points = [(r[x], r[key]) for r in records if r.get(key) is not None and r.get(x) is not None]
             if points:
                 name = name if y else {"loss": "training", "val_loss": "validation"}[key]
                 colour = COLOURS[(i if y else len(curves)) % len(COLOURS)]
                 few = len(points) < 30 or key == "val_loss"
+                # After the last step the validation may be on more text: no point of the same curve.
+                other = other_text(records, header["config"]) if key == "val_loss" else None
+                if other:
+                    end, = ax.plot(*points.pop(), color=colour, marker="D", ms=6, mfc="none", ls="none")
+                    ends[other[0]] = end
+                    name += f", on {other[1]:,} tokens" * (y is None)
                 curve, = ax.plot(*zip(*points), color=colour, ls=["-", "--", ":"][i // len(COLOURS) % 3],
                                  lw=1.6, marker="o" if few else None, ms=3.5)
                 curves.append((curve, name))
+    curves += [(end, f"validation at the end, on {tokens:,} tokens") for tokens, end in ends.items()]
     if not curves:
         raise UserError(f"no run has both {x} and {y or 'loss'} in its log; it has "
                         f"{', '.join(logs[0][1][0]) if logs[0][1] else 'no steps'}")

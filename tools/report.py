@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from lib.cli import UserError, hours, say
+from lib.methods import block_matrices
 from lib.norms import finite
 from lib.ranks import my_rank
+from model import FactorizedLinear
 from tools import machine, plan, plot, sample
 
 
@@ -15,29 +17,35 @@ class Journal:
     """Prints the plan of a run; then writes and prints a record for each logged step. log(record) appends to
     log.jsonl. The speed is counted from the record before."""
 
-    def __init__(self, c, model, method, log, step: int, seconds: float):
+    def __init__(self, c, model, method, topics: dict, log, step: int, seconds: float):
         self.c, self.model, self.method, self.log = c, model, method, log
         self.step_before, self.seconds_before = step, seconds
         rank, ranks = my_rank()
         peak = machine.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
         self.peak = peak and peak * ranks  # FLOPs per second of all GPUs; None where not known
+        low_rank = isinstance(block_matrices(model)[c.spectra_of], FactorizedLinear)
+        self.gauge = "gauge" if low_rank and method.bounded(c) else "dW/lr"  # of the logged matrix
+        self.val_tokens = []  # of each validation
         if rank == 0:
-            say(plan.describe(c, model, method.flops_per_token(model), ranks))
+            say(plan.describe(c, model, method, topics, ranks))
 
-    def step(self, step: int, flops: int, seconds: float, loss: float, val_loss: float | None,
-             norms: dict) -> None:
-        """Logs a step, and has its line ready for show(). norms are those of lib.norms.Spectra."""
+    def step(self, step: int, flops: int, seconds: float, loss: float, scores: dict, norms: dict) -> None:
+        """Logs a step, and has its line ready for show(). scores are those of eval.validate, empty where the
+        step was not validated; norms are those of lib.norms.Spectra."""
         c, done = self.c, step - self.step_before
+        val_loss, val_tokens = scores.get("val_loss"), scores.get("val_tokens")
+        self.val_tokens += [val_tokens] if scores else []
         self.log({"step": step, "tokens": step * c.tokens_per_step, "flops": flops,
-                  "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss, **norms,
-                  **self.method.logged(self.model)})
+                  "seconds": round(seconds, 3), "loss": finite(loss), "val_loss": val_loss,
+                  "val_tokens": val_tokens, **norms, **self.method.logged(self.model)})
         speed = done * c.tokens_per_step / (seconds - self.seconds_before)  # tokens per second
-        mfu = speed * self.method.flops_per_token(self.model) / self.peak if self.peak else None
+        mfu = ""
+        if self.peak:
+            mfu = f"MFU {speed * self.method.flops_per_token(self.model) / self.peak:>5.1%}  "
         self.step_before, self.seconds_before = step, seconds
         self.line = (
             f"step {step:>6}/{c.steps}  loss {column(finite(loss))}  val {column(val_loss)}  "
-            f"lr {norms['lr']:.2e}  gauge {column(norms['gauge'])}  {speed:>9,.0f} tok/s  "
-            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}':>5}  "
+            f"lr {norms['lr']:.2e}  {self.gauge} {column(norms['gauge'])}  {speed:>9,.0f} tok/s  {mfu}"
             f"{hours((c.steps - step) * c.tokens_per_step / speed)} left")
 
     def show(self) -> None:
@@ -73,6 +81,8 @@ class Journal:
             text = "".join(piece for piece, in sample.texts(tokenizer, steps, 1))
             say(f"sample:\n{text}\n---")
         results = {"step": step, "seconds": seconds, **scores, "log": out / "log.jsonl"}
+        if len(set(self.val_tokens)) > 1:
+            results["val_tokens"] = f"{self.val_tokens[-1]} ({self.val_tokens[0]} in the validations before)"
         results |= {key: out / file for key, file in (("checkpoint", "ckpt.pt"), ("figure", "loss.png"))
                     if (out / file).exists()}
         say("\n".join(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"

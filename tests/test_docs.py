@@ -1,0 +1,248 @@
+"""docs/EQUILIBRATED.md, docs/PAPER.md, docs/FAULTS.md and baselines/README.md: their sizes, links and lines
+of code, and every number of theirs that a log or the paper's text can give."""
+
+import errno
+import math
+import os
+import re
+import statistics
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+
+import baselines
+import train
+from conftest import ROOT
+from lib.methods import count_parameters
+from model import SIZES
+from paper import equilibrated, logs, runs
+from paper.arms import ADAM_LRS, ARMS, TRANSFERRED
+from paper.experiments import PAPER, gap, outcome
+from paper.output import read_json
+from paper.runs import Run, log_of, scale_of
+from spectron import Spectron
+
+NANO, FIVE = scale_of("nano"), scale_of("nano", seeds=5)
+# Chinchilla's law L = E + A / N^alpha + B / D^beta, as published and as fitted again (arXiv 2404.10102)
+LAWS = {"published": (1.69, 406.4, 410.7, 0.34, 0.28), "refit": (1.8172, 482.01, 2085.43, 0.3478, 0.3658)}
+
+
+def page(name: str) -> str:
+    """Its text, with every space and line break as one space, and the minus of mathematics as a hyphen."""
+    return " ".join((ROOT / name).read_text("utf-8").replace("−", "-").split())
+
+
+def says(name: str, *fragments) -> None:
+    text = page(name)
+    for fragment in fragments:
+        assert fragment in text, f"{name} does not say {fragment!r}"
+
+
+def change(a, b) -> str:
+    return "{:+.3f} ± {:.3f}".format(*gap(a, b)[:2])
+
+
+@pytest.mark.parametrize("name, lines, words", [
+    ("docs/EQUILIBRATED.md", 70, 700), ("docs/PAPER.md", 100, 1150), ("docs/FAULTS.md", 40, 350),
+    ("baselines/README.md", 60, 600)])
+def test_a_page_is_short_and_its_links_lead_to_a_file(name, lines, words):
+    text = (ROOT / name).read_text("utf-8")
+    assert len(text.splitlines()) <= lines and len(text.split()) <= words
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert all("://" in link or (ROOT / name).parent.joinpath(link).exists() for link in links)
+
+
+# --------------------------------------------- EQUILIBRATED.md ----------------------------------------------
+
+def test_the_losses_of_equilibrated_are_the_logs():
+    rows, ends = {}, []
+    for label, scale in equilibrated.SETTINGS.items():
+        plain, even = outcome("spectron", scale), outcome("equilibrated", scale)
+        assert plain.lr == even.lr == (0.1 if scale.steps == 800 else 0.2)
+        rows[label] = f"| {len(plain.losses)} | {plain} | {even} | {change(plain, even)} |"
+        ends.append([even.by_seed[seed] - plain.by_seed[seed] for seed in plain.by_seed])
+    says("docs/EQUILIBRATED.md", *rows.values(), "all 18 pairs", "one of five reverses it")
+    assert [sum(x > 0 for x in each) for each in ends] == [0, 0, 0, 0, 1] and sum(map(len, ends[:4])) == 18
+    for seed in range(5):
+        plain, even = (dict(log_of(Run(name, 0.1, seed), scale).points("val_loss"))[100]
+                       for name in ("spectron", "equilibrated"))
+        assert even < plain
+    muon, muon_even = (outcome(name, scale) for name in ("orthogonalize", "equilibrated-muon"))
+    says("docs/EQUILIBRATED.md", f"Muon on the factors has {muon}, equilibrated {muon_even} (seed 0)")
+
+
+def test_what_stands_beside_equilibrated_is_the_logs():
+    muon, even, twice = (outcome(name, FIVE) for name in ("orthogonalize", "equilibrated-muon",
+                                                          "equilibrated-2"))
+    says("docs/EQUILIBRATED.md",
+         f"Muon on the factors has {muon}, equilibrated {even}; `times=2` has {twice}.")
+    found = {}
+    for name, lr, value, own in ADAM_LRS:
+        found.setdefault(name, {})[value] = log_of(Run(own, lr), NANO).final_loss
+    worth = {name: losses[3e-3] - min(losses.values()) for name, losses in found.items()}
+    guided = [worth[name] for name in found if "self-guided" in name or ARMS[name].lr < 0.02
+              and name != "orthogonalize"]
+    says("docs/EQUILIBRATED.md", f"worth {worth['orthogonalize']:.3f} to Muon on the factors, and "
+         f"{min(guided):.3f} to {max(guided):.3f} to")
+    best = {name: min(losses, key=losses.get) for name, losses in found.items()}
+    edge = [name for name, losses in found.items() if best[name] in (min(losses), max(losses))]
+    assert edge == ["self-guided-muon"]
+    losses = [logs.get(runs.RESULTS / "runs/S-imdb-gpt2-180x32768.jsonl", f"{name}-lr0.05-seed0").final_loss
+              for name in ("equilibrated", "spectron")]
+    says("docs/EQUILIBRATED.md", "{:.3f} with it, {:.3f} without".format(*losses))
+
+
+def test_the_rows_that_become_less_even_are_counted():
+    records = [r for r in read_json(equilibrated.WHERE / "rows.json") if "std" in r]
+    spread = {(r["step"], r["times"], r["kind"], r["factor"]): r["std"] for r in records}
+    less = {step: sum(spread[step, 1, *of] > spread[step, 0, *of] for step_, times, *of in spread
+                      if (step_, times) == (step, 0)) for step in (5, 200)}
+    assert less == {5: 11, 200: 7} and max(x for key, x in spread.items() if key[:2] == (200, 2)) < 0.1
+    says("docs/EQUILIBRATED.md", "in 11 of 14 factors, and after step 200 in 7")
+
+
+def test_what_did_not_work_is_the_logs():
+    path = equilibrated.WHERE / "candidates-200x4096.jsonl"
+    said, best = (ROOT / "paper/candidates.md").read_text("utf-8"), {}
+    for name, words in {"half": "rows divided by the root", "after": "rows normalized after the polar",
+                        "no1": "radius without", "exact": "radius from the exact",
+                        "kinds": "ranks by kind of", "silu": "silu between the factors |",
+                        "silu-equilibrated": "silu between the factors, e"}.items():
+        lr = re.search(rf"\| {re.escape(words)}[^|]*\|* ([0-9.]+) \|", said)[1]
+        losses = [logs.get(path, f"{name}-lr{lr}-seed{seed}").final_loss for seed in range(3)]
+        best[name] = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+        assert f"| {best[name]} |" in said
+    says("docs/EQUILIBRATED.md", f"equilibrated has {outcome('equilibrated', NANO).mean:.3f} there",
+         *best.values(), f"{best['silu']}, equilibrated {best['silu-equilibrated']}")
+
+
+# ------------------------------------------------- PAPER.md -------------------------------------------------
+
+def counts(size: str) -> tuple[int, int]:
+    """Parameters at 32,000 tokens, dense and factorized."""
+    return tuple(count_parameters(replace(SIZES[size], vocab_size=PAPER["vocab_size"], rank_ratio=ratio))
+                 for ratio in (None, PAPER["rank_ratio"]))
+
+
+def test_the_dense_models_of_the_paper_are_below_their_optimum():
+    own, factors = [], []
+    for size in "134M", "500M", "780M":
+        dense, factorized = counts(size)
+        own.append(train.paper_steps(size, True) * 2**20 / dense)
+        factors.append(train.paper_steps(size, False) * 2**20 / factorized)
+    C = 6 * dense * train.paper_steps(size, True) * 2**20
+    lost = []
+    for E, A, B, alpha, beta in LAWS.values():
+        def loss(N):
+            return E + A / N**alpha + B / (C / 6 / N)**beta
+        lost += [loss(dense) - loss((C / 120)**0.5),
+                 loss(dense) - min(loss(dense * 1.01**i) for i in range(-200, 9))]
+    says("docs/PAPER.md", f"{min(own):.1f} to {max(own):.1f} per parameter of their own",
+         f"{min(factors):.0f} to {max(factors):.0f}",
+         "{:.3f} nats less at 20 tokens per parameter, and {:.3f} less at".format(*lost[:2]),
+         "{:.3f} and {:.3f}.".format(*lost[2:]), f"6 N D for L makes {C / 1e19:.1f}·10^7")
+
+
+def test_the_arithmetic_of_the_papers_tables():
+    table1, table2, table3 = PAPER["table1"], PAPER["table2"]["134M"], PAPER["table3"]["134M"]
+    S, log = table1["134M"], math.log
+    apart = [table1[size]["adamw"] - table1[size]["self-guided"] for size in table1]
+    says("docs/PAPER.md", f"That is {log(S['spectron'] / table2['spectron']):.3f} nats",
+         f"in Table 2 is {log(table2['orthogonalize'] / table2['spectron']):.3f}.",
+         f"is {log(table3['rank-0.125'] / table3['spectron']):.2f} nats above 0.25, where 0.4 is "
+         f"{log(table3['spectron'] / table3['rank-0.4']):.2f} below",
+         "by {:.1f}, {:.2f} and {:.1f} in perplexity".format(*apart),
+         f"ln 20.26 = {log(table2['spectron']):.3f}", f"ln 20.00 = {log(table3['rank-0.4']):.3f}",
+         f"gives {1 - 1e16**-0.011:.0%} there, and {1 - 1e28**-0.011:.0%} at")
+    D, F = SIZES["134M"].dim, SIZES["134M"].ffn_dim
+    assert int(0.4 * F) == 819 and round(D * (D + F) / (D * F), 3) == 1.375
+    says("docs/PAPER.md", "a rank of 819", "1.38 times")
+    dense, factorized = counts("134M")
+    flops = 6 * (factorized - D * 32000) + 6 * 12 * 2048 * D  # of a token, with causal attention
+    both = dense - 2 * D * 32000
+    says("docs/PAPER.md", f"{1.5 * both / flops:.0%} of the total at S", f"they are {3 * both / flops:.0%}.",
+         f"has {count_parameters(SIZES['134M']) / 1e6:.1f}M parameters, and {factorized / 1e6:.1f}M with")
+
+
+def test_what_paper_md_says_of_nano_is_the_logs():
+    muon, spectron = (outcome(name, FIVE) for name in ("orthogonalize", "spectron"))
+    wide, narrow = (outcome(name, NANO) for name in ("spectron", "rank-0.125"))
+    scale = scale_of("nano")
+    late = outcome("dense-time", scale)
+    seconds = [runs.seconds_per_step(name, scale) for name in ("dense", "spectron")]
+    says("docs/PAPER.md", f"{change(muon, spectron)[1:]} nats below Spectron (five seeds; 95% interval)",
+         f"{narrow.mean - wide.mean:.2f} above", f"{change(wide, late)[1:]} higher at equal time",
+         f"{seconds[0] / seconds[1]:.2f} times as long")
+    fig2 = (ROOT / "results/fig2/nano/table.md").read_text("utf-8")
+    assert "| both at 0.001 | 0.7 | 1.0 | 10 to 30 |" in fig2  # a test makes it again
+    says("docs/PAPER.md", "0.7 in the median and 1.0 at most", "10 to 30 times")
+    best = {name: [outcome(arm, NANO).lr for arm in arms] for name, arms in TRANSFERRED.items()}
+    for name in "spectron", "orthogonalize":  # but for width 32, the first
+        assert len(set(best[name])) == 2 and best[name][0] not in best[name][1:]
+    last = [log_of(Run(arm, 0.2), NANO).steps[-1] for arm in TRANSFERRED["spectron"]]
+    divisors = [row["sigma_A"] + row["sigma_B"] + 1 for row in last]
+    says("docs/PAPER.md", f"is {min(divisors):.1f} to {max(divisors):.1f} in every shape",
+         f"by a factor of {max(best['adamw']) / min(best['adamw']):.0f}.")
+    said = (ROOT / "results/parametric/table.md").read_text("utf-8")
+    assert re.search(r"\| 0.01 \| 0.457 ± 0.017 \| 0.454 ± 0.015 \|", said)
+    says("docs/PAPER.md", "0.017 (parabolas) and 0.015 (law)")
+
+
+# ------------------------------------------------ FAULTS.md -------------------------------------------------
+
+def test_every_promise_names_tests_that_are_there():
+    rows = re.findall(r"^\|.*\| ([^|]*) \|$", (ROOT / "docs/FAULTS.md").read_text("utf-8"), re.M)[1:]
+    assert len(rows) == 12 and all(ROOT.joinpath("tests", f"{name}.py").exists()
+                                   for row in rows for name in row.split(", "))
+
+
+def test_a_file_system_without_hard_links_and_locks_is_used_as_it_is(run, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def cannot(*args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(os, "link", cannot)
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    out = run("--steps", 4, "--save_every", 2, "--keep_every", 2)
+    assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt-000002.pt", "ckpt-000004.pt", "ckpt.pt"]
+
+
+def test_a_sharded_pair_is_refused():
+    A, B = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3, 2))
+    A.full_tensor = lambda: A  # what a DTensor has
+    with pytest.raises(ValueError, match="unsharded"):
+        Spectron([(A, B)], lr=0.1)
+
+
+# ------------------------------------------- baselines/README.md --------------------------------------------
+
+METHODS = {"[Spectron]": "spectron", "Muon on the factors": "orthogonalize", "AdamW, *core*": "adamw",
+           "dense [Muon]": "dense", "dense AdamW": "dense-adamw", "[equilibrated]": "equilibrated",
+           "the same, `optimizer=muon`": "self-guided-muon"}
+
+
+def test_the_table_of_methods_has_every_file_and_the_logs_numbers():
+    text = (ROOT / "baselines/README.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+            if line.startswith("| ")][1:]
+    names = [next((arm for start, arm in METHODS.items() if row[0].startswith(start)), None)
+             or re.search(r"`([\w-]+)`", row[0])[1] for row in rows]
+    files = {path.stem.replace("_", "-") for path in (ROOT / "baselines").glob("*.py")}
+    assert len(names) == len(set(names)) and files | set(train.METHODS) <= set(names)
+    first = outcome("spectron", NANO)
+    for name, (_, _, flops, loss, mb, _) in zip(names, rows):
+        o = outcome(name, NANO)
+        assert (loss, len(o.losses)) == (f"{o} ({o.lr:g})", 3), name
+        assert float(flops) == round(o.flops / first.flops, 2) and mb == f"{o.memory['all'] / 1e6:.0f}", name
+
+
+def test_the_method_of_the_page_trains(run, tmp_path, monkeypatch):
+    text = (ROOT / "baselines/README.md").read_text("utf-8")
+    start = text.index("    import torch")
+    (tmp_path / "mine.py").write_text(textwrap.dedent(text[start:text.index("\n\n    python", start)]))
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    flags = re.search(r"python train.py (--method mine .*)", text)[1].split()
+    header = (run(*flags, "--steps", 3) / "log.jsonl").read_text().splitlines()[0]
+    assert '"method": "mine"' in header and '"beta": 0.8' in header

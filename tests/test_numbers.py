@@ -1,0 +1,195 @@
+"""Every number of the README and the docs, computed again from the logs and the code.
+
+A passage is a piece of a page with {} in place of its numbers. With the numbers filled in it has to stand in
+the page, word for word, and every decimal and percentage of a page has to stand in a passage, or among the
+numbers that no log of ours decides: constants of the method, and what other people report.
+"""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from conftest import ROOT
+from lib.methods import count_parameters, flops_per_token
+from model import SIZES, Llama, LlamaConfig
+from paper import bench, draw, logs, scaling
+from paper.arms import ADAM_LRS
+from paper.experiments import gap, outcome, outcomes_of
+from paper.isoflop import KINDS, gaps, noise
+from paper.logs import Log
+from paper.runs import scale_of
+from tools.plot import read_log
+
+NANO, FIVE = scale_of("nano"), scale_of("nano", seeds=5)
+IMDB = scale_of("nano", data="data/imdb-bytes", lrs=3)
+MINUS = "−"  # the pages' own sign
+WITH_ADAM = "adamw", "self-guided", "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
+NUMBER = re.compile(r"\d[\d,]*\.\d+|\d+(?=%)")
+
+
+@cache
+def best(method: str, scale=NANO):
+    return outcome(method, scale)
+
+
+def difference(a: str, b: str, scale=NANO) -> str:
+    """How much higher b ends than a, with its 95% interval."""
+    mean, interval, _ = gap(best(a, scale), best(b, scale))
+    return f"{mean:+.3f} ± {interval:.3f}".replace("-", MINUS)
+
+
+def size(mean_and_interval: str) -> str:
+    return mean_and_interval.lstrip("+" + MINUS)
+
+
+def of(method: str) -> str:
+    """A row's loss: mean and standard deviation of the seeds, three of them."""
+    assert len(best(method).losses) == 3
+    return str(best(method))
+
+
+def single(name: str) -> Log:
+    return logs.get(ROOT / "results/runs/nano.jsonl", name)
+
+
+def first_run(seed: int, dtype: str = "float32") -> Log:
+    name = "default" if (seed, dtype) == (0, "float32") else f"default-seed{seed}-{dtype}"
+    return Log(*read_log(ROOT / f"results/nano/{name}.jsonl"))
+
+
+def largest(log: Log, key: str) -> float:
+    return max(x for _, x in log.points(key))
+
+
+def saved(what) -> float:
+    """How much less a low-rank nano has than a dense one, in percent."""
+    return 100 * (1 - what(SIZES["nano"]) / what(replace(SIZES["nano"], rank_ratio=None)))
+
+
+def isoflop_gaps() -> list[float]:
+    """By how much the best dense model is ahead at each budget of FLOPs, in nats."""
+    rows, points, budgets = scaling.collected()
+    return [-x for x in gaps(points["spectron"], points["dense"], budgets["spectron"],
+                             [noise(rows[kind]) for kind in KINDS], times=2)[0]]
+
+
+def flops(config: LlamaConfig) -> float:
+    with torch.device("meta"):
+        return flops_per_token(Llama(config))
+
+
+def seconds(method: str) -> float:
+    return json.loads((ROOT / "results/seconds/nano.json").read_text())["seconds"][method]
+
+
+def on_a_gpu(row: str) -> list[str]:
+    """The cells of a row of the GPU's table: batch, tokens/s, MFU, ..., peak memory."""
+    text = (ROOT / "results/bench/gpu.md").read_text("utf-8")
+    return next(line for line in text.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")[1:]
+
+
+ROWS = {"| | Spectron": "spectron", "| `--no-renormalize` | Muon on the factors": "orthogonalize",
+        "| `--method equilibrated` | Spectron, [rows made equal first](docs/EQUILIBRATED.md)": "equilibrated",
+        "| `--method adamw` | AdamW on the factors": "adamw",
+        "| `--method sct` | the best with Adam: Stiefel manifold": "sct",
+        "| `--method dense` | dense weights, Muon": "dense"}
+
+
+def tokens_per_second(row: list[str]) -> int:
+    return int(row[1].replace(",", ""))
+
+
+def readme() -> list[tuple]:
+    """(passage, its numbers), in the order of the page."""
+    bounded, free = single("spectron-lr0.2-seed0"), single("orthogonalize-adam0.003-lr0.2-seed0")
+    S, seeds = SIZES["S"], [first_run(seed).final_loss for seed in range(3)]
+    muon, adamw = best("orthogonalize"), {adam_lr: outcome(arm, NANO).grid[lr]
+                                          for name, lr, adam_lr, arm in ADAM_LRS if name == "adamw"}
+    fig2 = outcomes_of("fig2", NANO)
+    orthogonalized = max(best(name).mean for name in ("spectron", "orthogonalize", "lora-muon"))
+    with_adam = {name: best(name).mean for name in WITH_ADAM}
+    assert min(with_adam, key=with_adam.get) == "sct"
+    gaps = [f"{x:.2f}" for x in isoflop_gaps()]
+    compiled, dense = on_a_gpu("S, spectron, compiled"), on_a_gpu("S, dense, compiled")
+    return [
+        ("steps grow to {:.1f} times the learning rate and the loss ends at {:.3f} instead of {:.3f}",
+         largest(free, "gauge"), free.final_loss, bounded.final_loss),
+        ("At its own best learning rate, {:g},", muon.lr),
+        ("saves {:.0f}% of the parameters here, {:.0f}% of the FLOPs and {:.0f}% of a step's time",
+         saved(count_parameters), saved(flops), 100 * (1 - seconds("spectron") / seconds("dense"))),
+        ("peak memory ({}, dense {}, at size S)", compiled[-1], dense[-1]),
+        ("stay dense: {:.0f}% of the parameters at S", 100 * 2 * S.vocab_size * S.dim / count_parameters(S)),
+        ("val_loss: {:.4f}", seeds[0]),
+        ("where a uniform guess is {:.2f}", math.log(257)),
+        ("Seeds 0, 1 and 2 end at {:.3f}, {:.3f} and {:.3f}, and bf16 moves seed 0 to {:.3f}", *seeds,
+         first_run(0, "bfloat16").final_loss),
+        ("at Spectron's: {:.1f} worse", free.final_loss - bounded.final_loss),
+        ("train.py --no-orthogonalize {:.2f} worse", best("renormalize").mean - best("spectron").mean),
+        ("dense weights: {:.2f} better, {:.1f} times the FLOPs",
+         best("spectron").mean - best("dense").mean, best("dense").flops / best("spectron").flops),
+        ("/ eta of one matrix: at most {:.2f} above", largest(first_run(0), "gauge")),
+        *((f"{flags} | {{}} | {{:.2g}} |", of(name), best(name).flops / best("spectron").flops)
+          for flags, name in ROWS.items()),
+        ("under AdamW the low-rank step of W is {:.1f} times the dense one, not 10 to 30 times",
+         statistics.median(ratio for _, ratio in draw.ratios(fig2[0].logs[0], fig2[1].logs[0], "dW"))),
+        ("on the matrices, by {:.2f} or more", min(with_adam.values()) - orthogonalized),
+        ("Muon on the factors ends {} lower (five seeds)", size(difference("spectron", "orthogonalize", FIVE))),
+        ("Equilibrating is worth {} after 200 steps (five seeds)",
+         size(difference("spectron", "equilibrated", FIVE))),
+        ("an `adam_lr` of 0.03 instead of 0.003 moves AdamW on the factors by {:.2f}",
+         adamw[0.003] - adamw[0.03]),
+        ("same shape and steps | {} |", difference("spectron", "dense")),
+        ("same shape and FLOPs | {} |", difference("spectron", "dense-flops")),
+        ("each at its best size](docs/SCALING.md) | {} to {} |",
+         *(MINUS + x for x in (min(gaps), max(gaps)))),
+        *(("| {:.4g}M | {} | {:.2g} h | {} | {} | {:.0f} GB |", *row) for row in predicted()),
+        ("S's measured MFU of {:.0f}%; S compiled was {:.2f} times as fast as dense",
+         float(compiled[2].rstrip("%")), tokens_per_second(compiled) / tokens_per_second(dense)),
+    ]
+
+
+def predicted() -> list[tuple]:
+    """Parameters, tokens, hours on one GPU and on eight, download and memory of S, M and L."""
+    found = []
+    for line in bench.predict(0.3, 989e12, 25e9):
+        size, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if size in ("S", "M", "L"):
+            _, tokens, one, eight, _, memory = cells
+            one, eight, memory = (float(cell.split()[0]) for cell in (one, eight, memory))
+            shards = math.ceil(10 * float(tokens[:-1]))  # of 100M tokens, 2 bytes each
+            found.append((count_parameters(SIZES[size]) / 1e6, tokens, one,
+                          f"{60 * eight:.0f} min" if eight < 1 else f"{eight:.2g} h", f"{0.2 * shards:.2g} GB",
+                          memory))
+    return found
+
+
+PAGES = {"README.md": readme}
+# Those that no log of ours decides. 10 to 30 times is the paper's.
+CONSTANTS = {"README.md": (
+    "arXiv 2602.12429", "abs/2602.12429", "Python 3.10", "1.21 eta for eta ≤ 0.5", "the 95% interval",
+    "--no-renormalize --lr 0.2", "rank_ratio=0.25", "lr=0.05", "between single runs, 0.02 means nothing",
+    "not the order of methods within 0.02")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_number_of_a_page_is_its_logs(page):
+    hold(page, PAGES[page](), CONSTANTS[page])
+
+
+def hold(page: str, passages: list[tuple], constants: tuple) -> None:
+    text = " ".join((ROOT / page).read_text("utf-8").split())
+    rest = text
+    for passage, *numbers in passages:
+        said = passage.format(*numbers)
+        assert said in text, f"{page} should say: {said}"
+        rest = rest.replace(said, " ")
+    for constant in constants:
+        assert constant in text, f"{page} has no {constant!r} any more"
+        rest = rest.replace(constant, " ")
+    assert not (left := NUMBER.findall(rest)), f"{page}: no log is named for {left}"
