@@ -3,10 +3,10 @@
     python train.py --method equilibrated
     python train.py --method equilibrated --method_args times=2 --no-renormalize
 
-The line is MuonEq-R's, and with times=2 Aurora's loop, both for dense weights; new here is the use on factors.
-The polar factor of a square matrix has unit rows, but that of a tall one, as every factor is, need not: some
-neurons of A, or input features of B, hardly move. Scaling rows before Newton-Schulz leaves the singular values
-of its result near 1, and so leaves the bound as it was. docs/EQUILIBRATED.md has what it brings.
+The line is MuonEq-R's, and with times=2 Aurora's loop, both for dense weights. New here is their use on
+factors. The polar factor of a square matrix has unit rows, but that of a tall one, as every factor is, need
+not: some neurons of A, or input features of B, hardly move. Scaling rows before Newton-Schulz leaves the
+singular values of its result near 1, and so the bound as it was. docs/EQUILIBRATED.md has what it brings.
 """
 
 from functools import partial

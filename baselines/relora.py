@@ -106,6 +106,6 @@ def method(every: int | None = None, alpha: float = 32) -> Method:
         raise ValueError(f"every={every}, expected a whole number of at least 2")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"alpha={alpha}, expected a number")
-    return Method(optimizers=build_optimizers, lr=1e-3, nano_lr=2e-3, nano_adam_lr=0.03, flags=LOW_RANK_FLAGS,
+    return Method(optimizers=build_optimizers, lr=1e-3, nano_lr=5e-3, nano_adam_lr=0.03, flags=LOW_RANK_FLAGS,
                   linear=partial(ReLoRALinear, alpha=alpha), flops_per_token=flops_per_token,
                   before_step=partial(before_step, every=every))

@@ -32,7 +32,8 @@ import data
 import train
 from eval import load_run
 from lib.cli import Parser, UserError, command, number
-from lib.methods import block_matrices, flops_per_token, muon
+from lib.methods import block_matrices, flops_per_token
+from lib.optimizers import muon
 from lib.ranks import choose_device, native_bf16
 from model import SIZES, Llama, LlamaConfig
 from paper import runs

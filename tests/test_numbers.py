@@ -91,7 +91,8 @@ def seconds(method: str) -> float:
 def on_a_gpu(row: str) -> list[str]:
     """The cells of a row of the GPU's table: batch, tokens/s, MFU, ..., peak memory."""
     text = (ROOT / "results/bench/gpu.md").read_text("utf-8")
-    return next(line for line in text.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")[1:]
+    line = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    return line.strip("| ").split(" | ")[1:]
 
 
 ROWS = {"| | Spectron": "spectron", "| `--no-renormalize` | Muon on the factors": "orthogonalize",
@@ -139,7 +140,8 @@ def readme() -> list[tuple]:
         ("under AdamW the low-rank step of W is {:.1f} times the dense one, not 10 to 30 times",
          statistics.median(ratio for _, ratio in draw.ratios(fig2[0].logs[0], fig2[1].logs[0], "dW"))),
         ("on the matrices, by {:.2f} or more", min(with_adam.values()) - orthogonalized),
-        ("Muon on the factors ends {} lower (five seeds)", size(difference("spectron", "orthogonalize", FIVE))),
+        ("Muon on the factors ends {} lower (five seeds)",
+         size(difference("spectron", "orthogonalize", FIVE))),
         ("Equilibrating is worth {} after 200 steps (five seeds)",
          size(difference("spectron", "equilibrated", FIVE))),
         ("an `adam_lr` of 0.03 instead of 0.003 moves AdamW on the factors by {:.2f}",
@@ -163,9 +165,9 @@ def predicted() -> list[tuple]:
             _, tokens, one, eight, _, memory = cells
             one, eight, memory = (float(cell.split()[0]) for cell in (one, eight, memory))
             shards = math.ceil(10 * float(tokens[:-1]))  # of 100M tokens, 2 bytes each
-            found.append((count_parameters(SIZES[size]) / 1e6, tokens, one,
-                          f"{60 * eight:.0f} min" if eight < 1 else f"{eight:.2g} h", f"{0.2 * shards:.2g} GB",
-                          memory))
+            eight = f"{60 * eight:.0f} min" if eight < 1 else f"{eight:.2g} h"
+            found.append((count_parameters(SIZES[size]) / 1e6, tokens, one, eight,
+                          f"{0.2 * shards:.2g} GB", memory))
     return found
 
 
