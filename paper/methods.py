@@ -74,7 +74,7 @@ SHAPED = TRANSFERRED | {"lora-muon": [
         f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]}
 # Settings in which the factors' norms may part, with the flags of Spectron and of Muon on the factors, whose
 # lr is a quarter of Spectron's, so that at four times its weight decay a step shrinks the weights by as much.
-PARTING = {short: [add(method, f"{method}-{short}", label, own) for method, own in zip(
+PARTING = {short: [add(method, f"{method}-{short}", label, own, swept=False) for method, own in zip(
     ("spectron", "orthogonalize"), flags)] for short, label, *flags in (
         ("plain", "as it is", "", ""), ("decay", "weight decay", "--weight_decay 0.1", "--weight_decay 0.4"),
         ("thin", "rank ratio 1/16", *("--rank_ratio 0.0625",) * 2),

@@ -90,9 +90,10 @@ class Setting:
 
 
 REAL = Setting("--device cuda", ("S", "M", "L"), 16,
-               "--size 60M --seq_len 512 --tokens_per_step 65536 --batch_size 128", 40, 2**21)
+               "--size 60M --seq_len 512 --tokens_per_step 65536 --batch_size 128 --adam_lr 0.003", 40, 2**21)
 TINY = Setting("--device cpu --dtype float32", ("nano-2x16", "nano-2x32", "nano-2x48"), 1,
-               "--size nano-2x32 --seq_len 32 --tokens_per_step 256 --batch_size 8", 0.5, 2**10, "eager")
+               "--size nano-2x32 --seq_len 32 --tokens_per_step 256 --batch_size 8 --adam_lr 0.003", 0.5,
+               2**10, "eager")
 METHODS = {"spectron": "--method spectron", "orthogonalize": "--no-renormalize", "adamw": "--method adamw",
            "dense": "--method dense"}
 NAMES = {"spectron": "Spectron", "orthogonalize": "Muon on the factors", "adamw": "AdamW on the factors",

@@ -89,8 +89,9 @@ def adam_lr_tables(rows) -> str:
         for x in "constant", "width", "steps":
             rule, used = fit_rule(rows[kind], x), rule_of(rows[kind]).x == x
             above = excess(rows[kind], rule)
-            fitted.append([KINDS[kind].label, x + ", used" * used, f"{np.exp(rule.centre):.2g}" + (
-                "" if x == "constant" else f" at {rule.x0:.3g}"), f"{rule.power:+.2f} (t {rule.t:+.1f})",
+            fitted.append([KINDS[kind].label, x + ", used" * used, f"{np.exp(rule.centre):.2g}"
+                           + f" at {rule.x0:.3g}" * (x != "constant"),
+                           f"{rule.power:+.2f} (t {rule.t:+.1f})" * (x != "constant"),
                 f"{rule.residual:.3f}", f"{np.mean(above):.3f}, {max(above):.3f}"])
     others = []
     for choice, label in CHOICES.items():

@@ -1,4 +1,5 @@
-"""What paper.tuned varies and train.py has no flag for; no method of its own.
+"""What paper.tuned varies and train.py has no flag for. It is no method of its own, so it is no file beside
+those of baselines/.
 
     python train.py --method varied --method_args beta1=0.8     AdamW on the factors with another beta1
     python train.py --method varied --method_args c=4           Spectron from the factors c A and B / c: the
