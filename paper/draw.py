@@ -344,5 +344,5 @@ def readme_figure(found) -> None:
     name_ticks(ax.yaxis, [0.5, 1, 2, 5, 10])
     save(fig, RESULTS / "readme.png",
          "Renormalization keeps each step of W below the learning rate; without it, steps grow to "
-         f"{max(value for _, value in second.points('gauge')):.0f} times the learning rate",
+         f"{max(value for _, value in second.points('gauge')):.1f} times the learning rate",
          f"Size nano, lr {lr:g}, seed 0, {first.config['spectra_of']}; final validation loss, {unit(found)}")
