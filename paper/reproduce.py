@@ -60,7 +60,8 @@ def index() -> str:
         rows.append([words(name, scales[0]), ", ".join(tables), f"{name}/{scales[0].name}/figure.png"])
     rows += [[SAID[name], f"[{name}]({page})", figure] for name, (page, figure) in OTHERS.items()]
     table = markdown(["question", "answer, with its figure", "table"], [
-        [said["title"].split(" (")[0], f"[{said['message']}]({figure})" if figure else said["message"], tables]
+        [said["title"].split(" (")[0], f"[{said['message']}]({figure})" if figure else said["message"],
+         tables]
         for said, tables, figure in rows])
     return Path(__file__).with_name("results.md").read_text("utf-8").replace("TABLE\n", f"{table}\n")
 
