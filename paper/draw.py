@@ -8,6 +8,7 @@ import numpy as np
 
 from lib.methods import count_parameters
 from model import SIZES
+from paper.logs import Log
 from paper.methods import ADAM_LRS, METHODS, TRANSFERRED, WITH_ADAM
 from paper.output import save
 from paper.runs import RESULTS, Run, log_of, scale_of, seconds_per_step
@@ -346,3 +347,14 @@ def readme_figure(found) -> None:
          "Renormalization keeps each step of W below the learning rate; without it, steps grow to "
          f"{max(value for _, value in second.points('gauge')):.1f} times the learning rate",
          f"Size nano, lr {lr:g}, seed 0, {first.config['spectra_of']}; final validation loss, {unit(found)}")
+
+
+def first_run_figure() -> None:
+    """The losses of the README's first command."""
+    log = Log(*plot.read_log(RESULTS / "nano/default.jsonl"))
+    fig, (ax,) = panels(1, 7, 3.2)
+    ax.plot(*zip(*log.points("loss")), color=BLUE, lw=1.4, label="training, one batch")
+    ax.plot(*zip(*log.points("val_loss")), color=RED, marker="o", ls="none", label="validation")
+    ax.set(xlabel="step", ylabel="loss (nats per byte)", ylim=(1, 6))
+    save(fig, RESULTS / "first-run.png", f"240 steps bring the loss to {log.final_loss:.2f}",
+         "python train.py: nano, bytes of Python's standard library, seed 0, two CPU cores in float32")

@@ -84,7 +84,8 @@ def main(argv=None):
     if args.name == "report":
         write(RESULTS / "README.md", index())
         draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")))
-        return print(f"{RESULTS}/README.md, readme.png")
+        draw.first_run_figure()
+        return print(f"{RESULTS}/README.md, readme.png, first-run.png")
     for name in COUNTS:
         if args.name == name or args.name == "all" and not args.dry_run:
             write(RESULTS / name / "table.md", counts(name))
