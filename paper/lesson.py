@@ -449,7 +449,7 @@ def sentences() -> list[str]:
         f"{without.points('W')[-1][1]:.1f}, against {with_it.points('W')[-1][1]:.1f} with renormalization",
         f"{statistics.median(ratio):.1f} times the dense one, and {max(ratio):.1f} times at most",
         f"between {ends['least']:.2f} and {ends['most']:.2f}",
-        f"No value ends above {ends['top']:.4f}",
+        f"smaller ones end at {ends['top']:.4f} at most",
         f"gauge is {low_0:.2f} to {high_0:.2f}, instead of {low:.2f} to {high:.2f}",
         f"{no_one} without the + 1, at its best learning rate of 0.1, against {spectron_again} "
         "(± is a standard deviation over three seeds)",

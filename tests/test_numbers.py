@@ -98,7 +98,7 @@ def on_a_gpu(row: str) -> list[str]:
 ROWS = {"none | Spectron": "spectron", "| `--no-renormalize` | Muon on the factors": "orthogonalize",
         "| `--method equilibrated` | Spectron, [rows made equal first](docs/EQUILIBRATED.md)": "equilibrated",
         "| `--method adamw` | AdamW on the factors": "adamw",
-        "| `--method sct` | the best with Adam: Stiefel manifold": "sct",
+        "| `--method sct` | U diag(s) Vᵀ, the best with Adam": "sct",
         "| `--method dense` | dense weights, Muon": "dense",
         "| `--method dense-adamw` | dense weights, AdamW": "dense-adamw"}
 
@@ -127,10 +127,13 @@ def readme() -> list[tuple]:
          saved(count_parameters), saved(flops), 100 * (1 - seconds("spectron") / seconds("dense"))),
         ("peak memory ({}, dense {}, at size S)", compiled[-1], dense[-1]),
         ("stay dense: {:.0f}% of the parameters at S", 100 * 2 * S.vocab_size * S.dim / count_parameters(S)),
+        ("a model of {:.1f}M parameters", count_parameters(SIZES["nano"]) / 1e6),
         ("val_loss: {:.4f}", seeds[0]),
-        ("where a uniform guess is {:.2f}", math.log(257)),
-        ("Seeds 0, 1 and 2 end at {:.3f}, {:.3f} and {:.3f}, and bf16 moves seed 0 to {:.3f}", *seeds,
-         first_run(0, "bfloat16").final_loss),
+        ("a uniform guess is {:.2f}", math.log(257)),
+        ("Seeds 0, 1 and 2 end at {:.3f}, {:.3f} and {:.3f}, and bf16 (the default where hardware has it) "
+         "moves seed 0 to {:.3f}", *seeds, first_run(0, "bfloat16").final_loss),
+        ("step {}/240 loss {:.4f} val {:.4f} lr {:.2e} gauge {:.4f}", *(first_run(0).steps[-1][key] for key in
+         ("step", "loss", "val_loss", "lr", "gauge"))),
         ("at Spectron's: {:.1f} worse", free.final_loss - bounded.final_loss),
         ("train.py --no-orthogonalize {:.2f} worse", best("renormalize").mean - best("spectron").mean),
         ("dense: {:.2f} better, {:.1f} times the FLOPs",
@@ -152,7 +155,7 @@ def readme() -> list[tuple]:
         ("each at its best size](docs/SCALING.md) | {} to {} |",
          *(MINUS + x for x in (min(gaps), max(gaps)))),
         *(("| {:.4g}M | {} | {:.2g} h | {} | {} | {:.0f} GB |", *row) for row in predicted()),
-        ("S's measured MFU of {:.0f}%; S compiled was {:.2f} times as fast as dense",
+        ("the {:.0f}% of the peak FLOPs that S reached; S compiled was {:.2f} times as fast as dense",
          float(compiled[2].rstrip("%")), tokens_per_second(compiled) / tokens_per_second(dense)),
     ]
 
