@@ -47,7 +47,7 @@ def divisors(model) -> list[float] | None:
         sums.append(total)
     if not sums or not (every := torch.cat(sums)).isfinite().all():
         return None
-    return [float(f"{x:.6g}") for x in (every.min(), every.median(), every.max())]
+    return [float(f"{float(x):.6g}") for x in (every.min(), every.median(), every.max())]
 
 
 class Spectra:

@@ -455,8 +455,8 @@ def sentences() -> list[str]:
         "(± is a standard deviation over three seeds)",
         f"{-difference:.3f} ± {half:.3f} lower (95% interval, {seeds} seeds)",
         f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
-        *(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in signs[key].values())
-          for name, key in (("sign", "sign"), ("Spectron |", "spectron"))),
+        *(f"|{name}|" + "|".join(f"{loss:.3f}" for loss in signs[key].values())
+          for name, key in (("sign", "sign"), ("Spectron|", "spectron"))),
         f"ends {min(signs['sign'].values()) - min(signs['spectron'].values()):.2f} above Spectron",
         f"{min(divisors(0)):.1f} to {max(divisors(0)):.1f} at the start and {min(divisors()):.1f} to "
         f"{max(divisors()):.1f} at the end",

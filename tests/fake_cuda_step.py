@@ -70,4 +70,4 @@ with FakeTensorMode(), Watch():
         train.update(optimizers, 0.5)
     print(f"waits: {waits}; blocking copies: {blocking}")
     spectra.before()
-    assert len(spectra.after()) == 8
+    assert len(spectra.after()) == 9
