@@ -200,7 +200,8 @@ def test_what_paper_md_says_of_nano_is_the_logs():
 
 def test_every_other_number_of_these_pages_is_given():
     for test in (test_the_losses_of_equilibrated_are_the_logs,
-                 test_what_stands_beside_equilibrated_is_the_logs, test_the_rows_that_become_less_even_are_counted, test_what_did_not_work_is_the_logs,
+                 test_what_stands_beside_equilibrated_is_the_logs,
+                 test_the_rows_that_become_less_even_are_counted, test_what_did_not_work_is_the_logs,
                  test_the_dense_models_of_the_paper_are_below_their_optimum,
                  test_the_arithmetic_of_the_papers_tables, test_what_paper_md_says_of_nano_is_the_logs):
         test()
