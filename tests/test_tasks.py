@@ -228,8 +228,8 @@ def test_misuse_is_one_message(run, fails, tmp_path):
     out = run("--steps", 1)
     fails(evaluation.main, [out, "--tasks", "helaswag"], "helaswag", "perplexity,hellaswag,piqa,arc_easy")
     fails(evaluation.main, [out, "--limit", 0], "--limit", "at least 1")
-    fails(evaluation.main, [out, "--json", tmp_path / "no/where.json"], "expected a file, in a directory that is there", tmp_path / "no")
-    fails(evaluation.main, [out, "--items", tmp_path], "is a directory", tmp_path)
+    for flag, path in ("--json", tmp_path / "no/where.json"), ("--items", tmp_path):
+        fails(evaluation.main, [out, flag, path], "expected a file, in a directory that is there", path)
     fails(evaluation.main, [out, "--tasks", "hellaswag", "--eval_dir", MARKED], "line 1", "--seq_len",
           "--limit")
     fails(evaluation.main, [out, "--tasks", "piqa", "--eval_dir", tmp_path], "piqa", "valid.jsonl",
