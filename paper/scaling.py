@@ -191,7 +191,7 @@ def gap_figure(budgets, gap, low, high):
     ax.errorbar(budgets, gap, yerr=[gap - low, high - gap], fmt="o", capsize=4, color=draw.BLUE)
     ax.axhline(0, color="0.4", lw=1)
     log_axis(ax.xaxis, "training FLOPs (executed)")
-    ax.set_ylabel("best dense loss minus best low-rank loss\n(nats per byte, 95% interval)")
+    ax.set_ylabel("dense minus low-rank loss\n(nats per byte, 95% interval)")
     return fig
 
 
@@ -243,7 +243,7 @@ def write_isoflop(count: str = "total", flops: str = "executed") -> None:
     save(figure8(points, budgets), where / "figure8.png", "The best size grows about as the root of the "
          "compute, for low-rank and for dense models", SETTING)
     save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png",
-         "At equal FLOPs, each at its own best size, dense ends lower", SETTING)
+         "At equal FLOPs and its best size, dense has the lower loss", SETTING)
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
 
