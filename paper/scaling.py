@@ -3,6 +3,9 @@
     python -m paper.scaling isoflop       figures 8 and 9: parabolas, power laws, the gap, to results/isoflop
     python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
     python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
+
+Both draw from the logs that are there. With --make they first train what is missing, which takes hours and may
+be stopped.
 """
 
 import itertools
@@ -309,13 +312,15 @@ def main(argv=None):
     parser.add_argument("--flops", choices=("executed", "6nd"), default="executed",
                         help="C as executed, or the paper's 6 N D (executed)")
     parser.add_argument("--rate", type=number(), help="of plan: FLOPs a second of the machine")
+    parser.add_argument("--make", action="store_true", help="train first what is missing: hours, see plan")
     args = parser.parse_args(argv)
     if args.name == "plan":
         rate = args.rate or (2e10 if args.scale == "nano" else 3.2e15)  # two CPU cores; 8 H100s at 40%
         for kind in KINDS:
             print(isoflop.plan(args.scale, kind, rate, args.count, args.flops))
         return print(isoflop.missing() if args.scale == "nano" else "")
-    isoflop.make()
+    if args.make:
+        isoflop.make()
     PARTS[args.name](args.count, args.flops)
 
 
