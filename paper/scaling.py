@@ -4,8 +4,8 @@
     python -m paper.scaling parametric    L(N, D), and what the paper's design can tell, to results/parametric
     python -m paper.scaling plan          the runs, their FLOPs and hours; with --scale S those of the paper
 
-Both draw from the logs that are there. With --make they first train what is missing, which takes hours and may
-be stopped.
+The first two draw from the logs that are there. With --make they train first what is missing, which takes
+hours and may be stopped.
 """
 
 import itertools
