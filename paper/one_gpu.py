@@ -1,6 +1,6 @@
 """One GPU, twelve minutes: speed at the paper's sizes, then a model of 14M parameters on bytes of real text.
 
-    python -m tools.prepare text shared/data/text/imdb_train.jsonl.gz --tokenizer bytes --out data/imdb-all
+    python -m tools.prepare text imdb_train.jsonl.gz --tokenizer bytes --out data/imdb-all
     python -m paper.one_gpu              prints its plan; each result is a line of results/one_gpu/rows.jsonl
     python -m paper.one_gpu --report     table.md, from the lines that are there
     python -m paper.one_gpu --tiny       all of it at a tiny size on a CPU, in a minute

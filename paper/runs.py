@@ -52,6 +52,7 @@ class Scale:
     seeds: int
     flags: tuple = ()
     halves: bool = False  # whether a log has the final loss on each half of the validation text
+    dtype: str = "float32"  # at nano, so that a laptop and a GPU make the same run
 
     @property
     def nano(self) -> bool:
@@ -158,8 +159,8 @@ def command(run: Run, scale: Scale) -> list[str]:
     python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] \
         if gpus > 1 else [sys.executable]
     often = ["--eval_every", str(math.ceil(steps / (8 if scale.nano else 20)))]
-    if scale.nano:  # in float32 everywhere, so that a laptop and a GPU make the same run
-        often += ["--save_every", str(math.ceil(steps / 2)), "--eval_tokens", "16384", "--dtype", "float32"]
+    if scale.nano:
+        often += ["--save_every", str(math.ceil(steps / 2)), "--eval_tokens", "16384", "--dtype", scale.dtype]
     if scale.steps and not scale.nano:  # shortened: validation should not take longer than training
         often += ["--eval_tokens", "1048576", "--final_eval_tokens", "10485760"]
     out = OUT / scale.name / run.name

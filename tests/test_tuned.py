@@ -51,7 +51,7 @@ def finish(study):
 def test_the_search_ends_at_the_best_with_its_neighbours_run(made_up, method, axes):
     usual = dict(lr=0.1, adam_lr=3e-3, momentum=0.7, beta1=0.9)
     start = {axis: usual[axis] for axis in axes}
-    study = tuned.Study(method, start, tuned.NANO, axes)
+    study = tuned.Study(method, start, tuned.SHORT, axes)
     point, missing, tried = finish(study)
     assert point == {axis: BEST[axis] for axis in axes} and not missing
     for axis in axes:
@@ -61,8 +61,8 @@ def test_the_search_ends_at_the_best_with_its_neighbours_run(made_up, method, ax
 
 
 def test_a_diverged_run_is_no_minimum(made_up):
-    study = tuned.Study("spectron", dict(lr=0.2), tuned.NANO, ("lr",))
-    logs.add(runs.pack_of(tuned.NANO), study.run(dict(lr=0.5)).name, [
+    study = tuned.Study("spectron", dict(lr=0.2), tuned.SHORT, ("lr",))
+    logs.add(runs.pack_of(tuned.SHORT), study.run(dict(lr=0.5)).name, [
         {"config": {"steps": 5, "model": {"vocab_size": 320}}}, {"step": 2, "diverged": "a gradient"}])
     assert finish(study)[0] == dict(lr=0.2) and study.loss(dict(lr=0.5)) == math.inf
 
