@@ -49,7 +49,7 @@ class Study:
             if axis != "lr" and value != self.own[axis]:
                 name += f"-{axis.removesuffix('_lr')}{value:g}"
                 method = replace(method, flags=f"{method.flags} {FLAGS[axis].format(value)}")
-        METHODS[name] = replace(method, swept=False)
+        METHODS.setdefault(name, replace(method, swept=False))
         return Run(name, point["lr"], seed)
 
     def log(self, point: dict, seed: int = 0):
