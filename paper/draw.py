@@ -208,6 +208,20 @@ def transfer(found, scale):
     return fig
 
 
+def loss_over_lr_of_shapes(curves: dict):
+    """A panel for each method, from shape -> lr -> loss: how far each ends above its own best loss."""
+    fig, axes = panels(len(curves), 13.5, sharey=True)
+    for ax, (method, shapes) in zip(axes, curves.items()):
+        for i, ((width, ratio), losses) in enumerate(shapes.items()):
+            ax.plot([*losses], [loss - min(losses.values()) for loss in losses.values()], color=COLOURS[i],
+                    marker="osvD^P"[i], ms=4, lw=1.4, ls="-" if ratio == 0.25 else "--",
+                    label=f"width {width}, rank ratio {ratio:g}")
+        ax.set(xscale="log", xlabel=f"learning rate of {METHODS[method].label}", ylim=(-0.02, 0.5))
+        name_lrs(ax, {lr for losses in shapes.values() for lr in losses})
+    axes[0].set_ylabel("final loss above the curve's best\n(nats per byte)")
+    return fig
+
+
 def loss_over_adam_lr(found, scale):
     """A row for each method: the loss at its best adam_lr, and how far above it ends at the others."""
     by_name, rows = {o.method: o for o in found}, {}

@@ -5,8 +5,9 @@
     python -m paper.tuned long      800 and 1,600 steps of nano: who ends lowest?
     python -m paper.tuned plan      the runs that are missing, as far as is known, and their hours
 
-The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to the best beside
-it, until none beside it is lower on any axis: the best is inside its grid. It reads seed 0 alone.
+Each draws from the logs that are there. With --make it trains first what is missing, which takes hours and
+may be stopped. The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to
+the best beside it, until none beside it is lower on any axis: the best is inside its grid. It reads seed 0.
 """
 
 import math
@@ -15,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import train
-from lib.cli import Parser, command, number
-from paper import runs
-from paper.methods import METHODS, PARTING, SHAPED
-from paper.experiments import T95
-from paper.output import markdown, write
+from lib.cli import Parser, UserError, command, number
+from paper import draw, runs
+from paper.methods import METHODS, PARTING, SHAPED, SHAPES
+from paper.experiments import SAID, T95
+from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
 GRIDS = {"lr": runs.SERIES, "adam_lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "momentum": (0.5, 0.7, 0.9),
@@ -84,6 +85,12 @@ class Study:
                     best = min(around, key=self.loss)
         return point, [], len(tried)
 
+    def over_lr(self) -> dict[float, float]:
+        """lr -> the loss of seed 0, where it was run, all else at its best."""
+        point = self.search[0]
+        found = {lr: self.loss(point | {"lr": lr}) for lr in runs.SERIES}
+        return {lr: loss for lr, loss in found.items() if loss is not None and math.isfinite(loss)}
+
     def wanted(self) -> list[Run]:
         """What the search needs; when it has ended, the other seeds of its best."""
         point, missing, _ = self.search
@@ -119,10 +126,11 @@ def shape_runs(method: str) -> list[Run]:
             for lr in common(studies) for s in studies for seed in s.seeds]
 
 
-def shapes_page() -> str:
-    summary, rows = [], []
-    for method in SHAPED:
+def shapes_page(methods: list) -> str:
+    summary, rows, curves = [], [], {}
+    for method in methods:
         studies = of_shapes(method)
+        curves[method] = {shape: s.over_lr() for shape, s in zip(SHAPES, studies)}
         found = [{lr: statistics.mean(s.loss(s.search[0] | {"lr": lr}, seed) for seed in s.seeds)
                   for lr in common(studies)} for s in studies]
         one = min(common(studies), key=lambda lr: sum(losses[lr] for losses in found))
@@ -134,6 +142,8 @@ def shapes_page() -> str:
             rows.append([METHODS[s.method].label, f"{point['adam_lr']:g}", str(tried),
                          ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in losses.items()),
                          *divisors(s, point | {"lr": one})])
+    save(draw.loss_over_lr_of_shapes(curves), RESULTS / "shapes" / "figure.png", SAID["shapes"]["message"],
+         "two layers, 200 steps of 4,096 tokens of the offline corpus, seed 0, each shape's best adam_lr")
     return "\n".join([
         "# One learning rate for all shapes\n\nTwo layers, 200 steps of 4,096 tokens of the offline corpus, "
         "bfloat16. adam_lr and lr are tuned for each shape on\nseed 0; losses are means of two seeds, in "
@@ -142,7 +152,7 @@ def shapes_page() -> str:
                   "largest"], summary),
         "The shapes are widths 32, 64, 128 and 256 at rank ratio 0.25, and 128 at 0.125 and 0.5.\n",
         markdown(["", "adam_lr", "runs of the search", "loss at each lr that is best for a shape", *DIVISOR],
-                 rows)])
+                 rows), "![figure](figure.png)\n"])
 
 
 DIVISOR = [f"‖A‖ + ‖B‖ + 1, {when} step: smallest, median, largest" for when in ("first", "last")]
@@ -170,9 +180,10 @@ def norm_runs(setting: str) -> list[Run]:
     return [run for study in of_norms()[setting] for run in study.wanted()]
 
 
-def norms_page() -> str:
+def norms_page(settings: list) -> str:
     rows = []
-    for setting, studies in of_norms().items():
+    for setting in settings:
+        studies = of_norms()[setting]
         losses = [[s.loss(s.search[0], seed) for seed in s.seeds] for s in studies]
         for s, own in zip(studies, losses):
             rows.append([METHODS[s.method].label + ", twice the best lr" * (setting == "twice"),
@@ -208,19 +219,16 @@ def long_runs(steps: int, methods: tuple) -> list[Run]:
     return [run for method in methods for run in of_length(steps, method).wanted()]
 
 
-def long_page() -> str:
+def long_page(stages: list) -> str:
     rows = []
-    for steps, method in [(steps, method) for steps in (800, 1600) for method in STARTS]:
-        s = of_length(steps, method)
-        point, missing, tried = s.search
-        first = of_length(steps, "spectron")
+    for scale, method in [(scale, method) for scale, methods in stages for method in methods]:
+        s, first = (of_length(scale.steps, name) for name in (method, "spectron"))
+        point, _, tried = s.search
         told, beside = ([x.loss(x.search[0], seed, half=1) for seed in x.seeds] for x in (s, first))
-        if missing or None in told + beside:
-            continue
         gaps = [a - b for a, b in zip(told, beside)]
         interval = T95[len(gaps)] * statistics.stdev(gaps) / len(gaps)**0.5
-        rows.append([f"{steps:,}", METHODS[method].label, ", ".join(f"{k} {v:g}" for k, v in point.items()),
-                     str(tried), f"{s.loss(point):.3f}",
+        rows.append([f"{scale.steps:,}", METHODS[method].label,
+                     ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried), f"{s.loss(point):.3f}",
                      f"{statistics.mean(told):.3f} ± {statistics.stdev(told):.3f}",
                      "" if s == first else f"{statistics.mean(gaps):+.3f} ± {interval:.3f}",
                      *divisors(s, point)])
@@ -235,11 +243,11 @@ def long_page() -> str:
 # ----------------------------------------------- All of them ------------------------------------------------
 
 PAIRS = ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense", "adamw")
-PARTS = {  # name -> (the stages, each a scale and what says which runs it needs now; the page)
-    "shapes": ([(SHORT, partial(shape_runs, method)) for method in SHAPED], shapes_page),
-    "norms": ([(SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")], norms_page),
-    "long": ([(scale, partial(long_runs, scale.steps, methods))
-              for scale in (LONG, LONGER) for methods in PAIRS], long_page)}
+PARTS = {  # name -> (what each stage is about -> its scale and what says which runs it needs now; the page)
+    "shapes": ({method: (SHORT, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
+    "norms": ({setting: (SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")}, norms_page),
+    "long": ({(scale, methods): (scale, partial(long_runs, scale.steps, methods))
+              for scale in (LONG, LONGER) for methods in PAIRS}, long_page)}
 
 
 def missing(scale: Scale, wanted) -> list[Run]:
@@ -249,7 +257,7 @@ def missing(scale: Scale, wanted) -> list[Run]:
 def plan(name: str, rate: float) -> str:
     """What the stages need now. A search goes on from there: in all about three times as many."""
     lines = []
-    for scale, wanted in PARTS[name][0]:
+    for scale, wanted in PARTS[name][0].values():
         left = missing(scale, wanted)
         tokens = scale.tokens_per_step * scale.steps
         flops = sum(runs.flops_per_token(run.method, scale) * tokens for run in left)
@@ -262,16 +270,20 @@ def plan(name: str, rate: float) -> str:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("name", choices=[*PARTS, "plan"], metavar="NAME", help="shapes, norms, long or plan")
-    parser.add_argument("--rate", type=number(), default=4e10,
-                        help="of plan: FLOPs a second (4e10, about that of two cores)")
+    parser.add_argument("--make", action="store_true", help="train first what is missing: hours, see plan")
+    parser.add_argument("--rate", type=number(), default=8e10,
+                        help="of plan: FLOPs a second (8e10, about that of two cores)")
     args = parser.parse_args(argv)
     if args.name == "plan":
         return print("\n".join(plan(name, args.rate) for name in PARTS))
     stages, page = PARTS[args.name]
-    for scale, wanted in stages:
-        while left := missing(scale, wanted):
-            runs.make_all(left, scale)
-    write(RESULTS / args.name / "table.md", page())
+    for stage in stages.values() if args.make else ():
+        while left := missing(*stage):
+            runs.make_all(left, stage[0])
+    if not (complete := [about for about, stage in stages.items() if not missing(*stage)]):
+        raise UserError(f"no stage of {args.name} has all its runs: --make trains them; "
+                        "python -m paper.tuned plan has the hours")
+    write(RESULTS / args.name / "table.md", page(complete))
     print(f"{RESULTS / args.name}/table.md")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import data
 import eval as evaluation
 import train
+from conftest import ROOT
 from lib import norms
 from paper import logs, runs, tuned
 from paper.methods import METHODS
@@ -68,10 +70,11 @@ def test_a_diverged_run_is_no_minimum(made_up):
 
 
 @pytest.mark.parametrize("name", tuned.PARTS)
-def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_up, name, capsys):
+def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_up, name, fails):
     before = tuned.plan(name, 1e10)
     assert "hours" in before and " 0 runs" not in before.splitlines()[0]
-    tuned.main([name])
+    fails(tuned.main, [name], "no stage of", "--make")
+    tuned.main([name, "--make"])
     page = (tuned.RESULTS / name / "table.md").read_text("utf-8")
     assert f"`python -m paper.reproduce {name}`" in page.replace("\n", " ")
     assert "3.00, 3.50, 4.00" in page and "None" not in page and "nan" not in page
@@ -80,8 +83,31 @@ def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_u
         assert "2.625 ± 0.013" in page and page.count("| 1,600 |") == page.count("| 800 |") == 6
         assert {run.seed for run in made_up} == {0, 1, 2, 3, 4}
     made = len(made_up)
+    tuned.main([name, "--make"])
     tuned.main([name])
     assert len(made_up) == made
+
+
+def test_a_page_has_the_stages_that_are_complete(made_up):
+    scale, wanted = tuned.PARTS["shapes"][0]["spectron"]
+    while left := tuned.missing(scale, wanted):
+        runs.make_all(left, scale)
+    made = len(made_up)
+    tuned.main(["shapes"])
+    page = (tuned.RESULTS / "shapes" / "table.md").read_text("utf-8")
+    assert "| Spectron |" in page and "| AdamW |" not in page and len(made_up) == made
+
+
+@pytest.mark.parametrize("name", tuned.PARTS)
+def test_the_committed_page_is_what_the_committed_logs_say(name, in_a_copy, monkeypatch):
+    monkeypatch.setattr(runs, "make_all", lambda *_: pytest.fail("it trains"))
+    committed = ROOT / "results" / name
+    if not committed.is_dir():
+        pytest.skip(f"nobody has made its runs yet: python -m paper.tuned {name} --make")
+    shutil.copytree(committed, tuned.RESULTS / name)
+    tuned.main([name])
+    for path in committed.iterdir():
+        assert (tuned.RESULTS / name / path.name).read_bytes() == path.read_bytes(), path
 
 
 def test_a_run_with_the_flags_of_a_committed_arm_has_its_name():
