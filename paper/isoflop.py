@@ -4,14 +4,14 @@ At each budget both kinds of model, low-rank under Spectron and dense under Muon
 more around the best one, each for as many steps as the budget of executed FLOPs pays for and with a schedule
 of that length. (docs/SCALING.md says what the paper's 6 N D leaves out.) paper.laws has the fits.
 
-AdamW's learning rate for embedding, head and norms is swept at the two smaller budgets. From that sweep a
-rule is fitted, which gives the one of the larger two.
+AdamW's learning rate for embedding, head and norms is swept for every model: at the two smaller budgets until
+the best is inside, at the two larger over three values.
 """
 
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -26,9 +26,10 @@ from paper.output import markdown
 from paper.runs import Run, Scale
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
-SWEPT = BUDGETS[:2]  # where adam_lr is swept; BASE is every run's of the first study
-BASE, ADAM_LRS, EDGES = 3e-3, (3e-3, 1e-2, 3e-2), (1e-3, 1e-1)  # edges: where the best is the last one
-GRID = sorted(ADAM_LRS + EDGES)
+GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of adam_lr
+SWEPT = BUDGETS[:2]  # where it starts from FIRST and goes on until the best is inside; THREE are elsewhere
+FIRST, THREE = GRID[1:4], (3e-3, 3e-2, 1e-1)
+BASE = 3e-3  # that of every run of the first study
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which each size has as many seeds with BASE
 REPEATED = 3  # sizes around each minimum that have as many seeds at their adam_lr
 CHECKED = {4.7e11: ("nano-2x32", "nano-2x96"), 4.5e12: ("nano-2x96",)}  # at other learning rates, too:
@@ -38,9 +39,9 @@ KINDS = {  # the learning rate is that of a run of 1,000 steps
     "dense": Method("dense, Muon", "--method dense --momentum 0.9", 0.0145, swept=False)}
 # The smallest and the largest width at each budget: six sizes around the best of the budget before, times the
 # root of the FLOPs, and more on a side where the best was the last or the last but one
-WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (64, 256)),
-          "dense": ((8, 48), (12, 96), (16, 96), (24, 160))}
-LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS)
+WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (48, 256)),
+          "dense": ((8, 64), (12, 96), (16, 128), (24, 160))}
+LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS, kept=20)
 PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's
 
 
@@ -72,8 +73,8 @@ def make() -> None:
 
 
 def wanted(budget: float) -> list[Run]:
-    """The runs of a budget, as far as those that are there tell which: the first study's, those at other
-    values of adam_lr, and once they are there, more seeds at the sizes around each minimum."""
+    """The runs of a budget, as far as those that are there tell which: one seed at each adam_lr, and once
+    they are there, more seeds at the sizes around each minimum."""
     found = []
     for kind in KINDS:
         rows = rows_of(kind)
@@ -82,7 +83,7 @@ def wanted(budget: float) -> list[Run]:
         own += [run(kind, size, budget, 0, times) for size in CHECKED.get(budget, ()) for times in TIMES]
         own += [run(kind, size, budget, adam_lr=x) for size in sizes(kind, budget)
                 for x in adam_lrs(rows, size, budget)]
-        if all(runs.log_of(run, LADDER) for run in own) and (budget in SWEPT or rule_of(rows)):
+        if all(runs.log_of(run, LADDER) for run in own):
             own += [run(kind, size, budget, seed, adam_lr=x) for seed in range(1, SEEDS)
                     for size, x in around_the_minimum(rows, budget)]
         found += own
@@ -90,14 +91,12 @@ def wanted(budget: float) -> list[Run]:
 
 
 def adam_lrs(rows: list[dict], size: str, budget: float) -> list[float]:
-    """Where adam_lr is swept, its grid, and on at an edge that is best; elsewhere the rule's, if there is."""
-    if budget not in SWEPT:
-        return [rule(size, budget)] if (rule := rule_of(rows)) else []
+    """Where the sweep goes on at an edge: those that were run, and the two beside the best of them."""
     found = swept(rows).get((size, budget), {})
-    if set(found) < set(ADAM_LRS) or not any(found.values()):
-        return [*ADAM_LRS]
-    best = runs.best_of(found)
-    return [*ADAM_LRS, *EDGES[:1] * (best <= ADAM_LRS[0]), *EDGES[1:] * (best >= ADAM_LRS[-1])]
+    if budget not in SWEPT or set(found) < set(FIRST) or not any(found.values()):
+        return [*(FIRST if budget in SWEPT else THREE)]
+    best = GRID.index(runs.best_of(found))
+    return sorted({*found, *GRID[max(0, best - 1):best + 2]})
 
 
 def swept(rows: list[dict]) -> dict[tuple, dict]:
@@ -106,70 +105,6 @@ def swept(rows: list[dict]) -> dict[tuple, dict]:
     for r in rows:
         if r["seed"] == 0 and r["lr"] == lr_of(r["kind"], r["steps"]):
             found[r["size"], r["budget"]][r["adam_lr"]] = r["loss"]
-    return found
-
-
-@dataclass
-class Rule:
-    """adam_lr = e^centre (x / x0)^power, to the nearest of the grid; x is the width or the steps of a run."""
-    kind: str
-    x: str
-    x0: float
-    power: float
-    centre: float
-    t: float  # of the power: the coefficient over its standard error
-    residual: float  # standard deviation of what the fitted surface leaves, in nats
-
-    def __call__(self, size: str, budget: float) -> float:
-        x = x_of(self.kind, size, budget)[self.x]
-        target = self.centre + self.power * math.log(x / self.x0)
-        return min(GRID, key=lambda value: abs(math.log(value) - target))
-
-
-def x_of(kind: str, size: str, budget: float) -> dict:
-    return {"width": SIZES[size].dim, "constant": 1,
-            "steps": budget / cost(config_of(size, kind))["flops"] / LADDER.tokens_per_step}
-
-
-def fit_rule(rows: list[dict], x: str) -> Rule:
-    """One parabola in log adam_lr for all sizes of SWEPT, by least squares: each size has a floor of its own,
-    the curvature is common, and the minimum moves with log x: L = floor + k (log adam_lr - c - p log x)^2."""
-    points = [(place, adam_lr, loss) for place, losses in swept(rows).items() if place[1] in SWEPT
-              for adam_lr, loss in losses.items() if loss is not None]
-    kind, places = rows[0]["kind"], sorted({place for place, *_ in points})
-    z = np.log([x_of(kind, *place)[x] for place, *_ in points])
-    z0, t = z.mean(), np.log([adam_lr for _, adam_lr, _ in points])
-    floors = np.array([[place == other for other in places] for place, *_ in points], float)
-    columns = [t**2, t, *([t * (z - z0)] if x != "constant" else [])]
-    X, y = np.column_stack([*columns, floors]), np.array([loss for *_, loss in points])
-    solved = np.linalg.lstsq(X, y, rcond=None)[0]
-    variance = ((y - X @ solved)**2).sum() / (len(y) - X.shape[1])
-    k, linear, moved = solved[0], solved[1], solved[2] if x != "constant" else 0.0
-    se = math.sqrt(variance * np.linalg.inv(X.T @ X)[2, 2])
-    return Rule(kind, x, math.exp(z0), -moved / (2 * k), -linear / (2 * k),
-                moved / se if x != "constant" else 0.0, math.sqrt(variance))
-
-
-def rule_of(rows: list[dict]) -> Rule | None:
-    """The one that is used: with the width or the steps, whichever leaves less, where its power is more than
-    two standard errors; otherwise a constant. None until the sweep is complete."""
-    there = swept(rows)
-    if not rows or any(set(adam_lrs(rows, size, budget)) - set(there.get((size, budget), {}))
-                       for budget in SWEPT for size in sizes(rows[0]["kind"], budget)):
-        return None
-    moving = [rule for x in ("width", "steps") if abs((rule := fit_rule(rows, x)).t) > 2]
-    return min(moving, key=lambda rule: rule.residual, default=fit_rule(rows, "constant"))
-
-
-def excess(rows: list[dict], rule) -> list[float]:
-    """How much higher each size of SWEPT ends at the rule's adam_lr than at its best; where that was not run,
-    at the nearest that was."""
-    found = []
-    for (size, budget), losses in swept(rows).items():
-        there = {value: loss for value, loss in losses.items() if loss is not None}
-        if budget in SWEPT and there:
-            own = rule(size, budget)
-            found.append(there[min(there, key=lambda x: abs(math.log(x / own)))] - min(there.values()))
     return found
 
 
@@ -192,8 +127,8 @@ def missing() -> str:
                 for method in left]
         hours = sum(budget * row["seconds"] / row["executed"] for row in pace if row) / 3600
         lines.append(f"{budget:.2g} FLOPs: {len(left)} runs are to be made, {hours:.2f} core-hours")
-    return "\n".join([*lines, "That is known so far. The sweep decides on more values of adam_lr, on the "
-                      "rule, and on the sizes with more seeds."])
+    return "\n".join([*lines, "That is known so far. The sweep decides on more values of adam_lr, and on the "
+                      "sizes with more seeds."])
 
 
 def papers_sizes(budget: float) -> list[str]:
@@ -269,24 +204,15 @@ def rows_of(kind: str) -> list[dict]:
     return found
 
 
-CHOICES = {"best": "the best of each size where it was swept, the rule's elsewhere", "rule": "the rule's",
-           "base": f"{BASE:g} for all, as in the first study"}
+CHOICES = {"the best of each size": None, "0.03 for all": 3e-2, "0.003 for all": 3e-3}  # of adam_lr
 
 
-def kept(rows: list[dict], choice: str = "best") -> list[dict]:
-    """The runs that are fitted: at the learning rate of their length and at the adam_lr of the choice, and
-    not diverged. A size that has no run at its choice yet is there with the nearest that it has."""
-    found, rule, places = [], rule_of(rows), swept(rows)
-    for r in rows:
-        losses = places.get((r["size"], r["budget"]), {})
-        chosen = BASE if choice == "base" else runs.best_of(losses)
-        if rule and choice != "base" and (choice == "rule" or r["budget"] not in SWEPT):
-            there = [x for x in losses if losses[x] is not None]
-            own = rule(r["size"], r["budget"])
-            chosen = min(there, key=lambda x: abs(math.log(x / own)), default=None)
-        if r["adam_lr"] == chosen and r["lr"] == lr_of(r["kind"], r["steps"]) and r["loss"] is not None:
-            found.append(r)
-    return found
+def kept(rows: list[dict], adam_lr: float | None = None) -> list[dict]:
+    """The runs that are fitted: at the learning rate of their length, not diverged, and at an adam_lr, or
+    else at the one that was best for their size with seed 0."""
+    best = {place: runs.best_of(losses) for place, losses in swept(rows).items()}
+    return [r for r in rows if r["adam_lr"] == (adam_lr or best.get((r["size"], r["budget"])))
+            and r["lr"] == lr_of(r["kind"], r["steps"]) and r["loss"] is not None]
 
 
 def points_of(rows: list[dict], count: str = "total", flops: str = "executed") -> Points:

@@ -18,7 +18,6 @@ from lib.cli import UserError
 from lib.files import lock, replacing
 
 LOCK, THREADS = Path("out/paper/results.lock"), Lock()  # of processes, and of the threads of this one
-KEPT = 100  # steps of a log, beside those that were validated
 
 
 def pack(records: list[dict]) -> list[dict]:
@@ -70,9 +69,10 @@ def add(path: Path, name: str, records: list[dict]) -> None:
             file.writelines(lines[name] for name in sorted(lines))
 
 
-def thinned(records: list[dict]) -> list[dict]:
-    """The headers of a log, every nth step, those that were validated and the last; numbers to 6 digits."""
-    every = max(1, len(records) // KEPT)
+def thinned(records: list[dict], kept: int = 100) -> list[dict]:
+    """The headers of a log, about so many of its steps, those that were validated and the last; numbers to 6
+    digits."""
+    every = max(1, len(records) // kept)
     return [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in record.items()}
             for i, record in enumerate(records)
             if "config" in record or i % every == 1 % every or i == len(records) - 1

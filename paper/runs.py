@@ -52,6 +52,7 @@ class Scale:
     seeds: int
     flags: tuple = ()
     halves: bool = False  # whether a log has the final loss on each half of the validation text
+    kept: int = 100  # steps of a log, beside those that were validated
     dtype: str = "float32"  # at nano, so that a laptop and a GPU make the same run
 
     @property
@@ -186,7 +187,7 @@ def make(run: Run, scale: Scale, children: list) -> None:
     records = [json.loads(row) for row in log.read_text("utf-8").splitlines()]
     if scale.halves and records[-1].get("val_loss") is not None:
         records[-1]["halves"] = losses_of_halves(log.parent)
-    logs.add(pack_of(scale), run.name, logs.thinned(records))
+    logs.add(pack_of(scale), run.name, logs.thinned(records, scale.kept))
 
 
 def losses_of_halves(out: Path) -> list[float]:

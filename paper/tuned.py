@@ -98,7 +98,7 @@ class Study:
 
 
 SHORT, LONG, LONGER = (  # in bfloat16, in which a core of the CPU that made them does 1.5 times as many steps
-    Scale({}, "nano", f"tuned-{steps}", steps, 4096, "data/stdlib", 1, 2, halves=halves, dtype="bfloat16")
+    Scale({}, "nano", f"tuned-{steps}", steps, 4096, "data/stdlib", 1, 2, (), halves, 20, "bfloat16")
     for steps, halves in ((200, False), (800, True), (1600, True)))
 
 

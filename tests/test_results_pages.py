@@ -1,5 +1,7 @@
 """The numbers of docs/SCALING.md and of the geometry page are those of the committed tables and values."""
 
+import math
+import re
 import statistics
 
 from conftest import ROOT
@@ -19,29 +21,54 @@ def test_scaling_says_what_its_tables_say():
     table = rows("results/isoflop/table.md")
     optima = [row for row in table if len(row) == 8 and row[3].endswith("k")]  # low-rank, then dense
     gaps = [row for row in table if len(row) == 3 and " to " in row[2]]
+    low_optima, dense_optima = optima[:len(gaps)], optima[len(gaps):]
     exponents = {by: [row for row in table if row[0] == by] for by in ("parabolas", "parametric law")}
+    all_003, all_0003 = ([row[1:] for row in table if row[0] == f"{x} for all"][0] for x in ("0.03", "0.003"))
+    swept = [[float(x) if x else math.inf for x in row[3:]] for row in table if "nano-2x" in row[2][:7]
+             and len(row) == 9]
+    best, grid = [row.index(min(row)) for row in swept], ("0.001", "0.003", "0.01", "0.03", "0.1", "0.3")
+    assert len(swept) == 56 and statistics.mode(best) == 3
+    page = (ROOT / "results/isoflop/table.md").read_text("utf-8")
+    differences = re.search(r"minus dense: (.*) \((.*)\) by parabolas, (.*) \((.*)\) by the parametric", page)
     passages = []
-    for low, dense, (budget, gap, interval) in zip(optima, optima[len(gaps):], gaps):
+    for low, dense, (budget, gap, interval) in zip(low_optima, dense_optima, gaps):
         sizes = (f"{float(row[3][:-1].replace(',', '')):.0f}k" for row in (low, dense))
         cells = [f"{float(budget):.1e}".replace("e+", "e"), *sizes, f"{gap} ({interval})".replace("-", MINUS)]
         passages.append((f"| {' | '.join(cells)} |",))
+    values = [-float(gap) for _, gap, _ in gaps]
+    passages += [
+        ("by {:.2f} to {:.2f} nats per byte", min(values), max(values)),
+        ("is {} ({}) by parabolas and {} ({}) by the law",
+         *(x.replace("-", MINUS) for x in differences.groups())),
+        ("the exponents are {:.2f} and {:.2f}, near the paper's, and the gap is {:.2f} to {:.2f}",
+         *map(float, all_0003[:2]), *extremes(all_0003[2:])),
+        ("values are {} to {}, mostly 0.03", grid[min(best)], grid[max(best)]),
+        ("by up to {:.2f} nats", max(row[1] - min(row) for row in swept))]
     for kind, *found in zip(("low-rank, Spectron", "dense, Muon"), *exponents.values()):
         passages.append((f"| {kind} | {' | '.join(f'{row[1]} ({row[2]})' for row in found)} |",))
-    values = [-float(gap) for _, gap, _ in gaps]
-    noise = [row[7] for row in optima[::len(gaps)]]
+        assert all(float(row[1]) < 0.5 for row in found)
     spread = next(row for row in rows("results/parametric/table.md") if row[0] == "0.01")
     hold("docs/SCALING.md", passages + [
-        ("by {:.2f} to {:.2f} nats per byte", min(values), max(values)),
-        ("a standard deviation of {} (low-rank) and {} (dense)", *noise),
+        ("Their standard deviation is {} to {} nats (low-rank) and {} to {} (dense)",
+         *(x for found in (low_optima, dense_optima) for x in span(row[7] for row in found))),
+        ("the gap is {:.2f} to {:.2f}. - **Momentum", *extremes(all_003[2:])),
+        ("another {} to {} for Spectron and {} to {} for Muon",
+         *(x for found in (low_optima, dense_optima) for x in span(row[6] for row in found))),
         ("deviation of {} by parabolas and {} by the law", *(x.split(" ± ")[1] for x in spread[1:]))],
-        ("0.479, 0.455", "0.479 is inside three of the four", "So 0.479 and Chinchilla's 0.49 cannot",
-         "95% intervals", "Three seeds at 1.5e11 FLOPs",
-         "ask for 0.3M dense and 0.4M low-rank, where nano has 3.6M and 2.0M", "momentum 0.9, not of nano's",
-         "0.7: only", "rank ratio 0.25", "0.037 (Spectron) or 0.0145 (Muon)", "better by 0.010 nats at most",
-         "improve by 0.06 to 0.19 nats", f"(about {MINUS}0.05 and {MINUS}0.17)",
-         "it is 0.9 for both, and at nano 0.7",
-         "another 2% to 73% for Spectron and 4% to 110% for Muon", "by 0.01 at most",
-         "noise 0.01 nats"))
+        ("0.479, 0.455", "With nano's 0.003", "So 0.479 and Chinchilla's 0.49 cannot", "95% intervals",
+         "momentum 0.9, not nano's 4, 4,096 and 0.7:", "rank ratio 0.25", "0.037 (Spectron) or 0.0145 (Muon)",
+         "better by 0.010 nats at most", "is 0.003, 0.01 and 0.03 at", "it is 0.003, 0.03 and 0.1.",
+         "With 0.03 for all", "it is 0.9 for both, and at nano 0.7", "noise 0.01 nats"))
+
+
+def span(values) -> tuple:
+    """The lowest and the highest, as they are written."""
+    values = sorted(values, key=lambda x: float(x.strip("%")))
+    return values[0], values[-1]
+
+
+def extremes(gaps: list[str]) -> tuple[float, float]:
+    return min(-float(x) for x in gaps), max(-float(x) for x in gaps)
 
 
 def test_the_geometry_page_says_what_was_measured():

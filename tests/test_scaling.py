@@ -101,7 +101,7 @@ def test_the_plan_holds_the_budget(monkeypatch, tmp_path):
         assert spent == pytest.approx(float(budget), rel=0.01)
     lines = isoflop.plan("nano", "dense", 1e10).splitlines()
     assert sum("| nano-2x" in line for line in lines) == sum(
-        len(isoflop.sizes("dense", budget)) for budget in isoflop.BUDGETS) == 26
+        len(isoflop.sizes("dense", budget)) for budget in isoflop.BUDGETS) == 28
 
 
 def test_the_steps_are_those_of_the_public_code(monkeypatch, tmp_path):
@@ -114,68 +114,41 @@ def test_the_steps_are_those_of_the_public_code(monkeypatch, tmp_path):
         assert ours == pytest.approx(steps, rel=2e-4, abs=1)
 
 
-def test_the_runs_of_the_ladder_are_those_that_are_committed(in_a_copy):
-    """None that nothing asks for; and none is missing, once the sweep has given the rule."""
+def test_no_run_of_the_ladder_is_missing(in_a_copy):
     wanted = {run.name for budget in isoflop.BUDGETS for run in isoflop.wanted(budget)}
-    committed = set(logs.read(runs.pack_of(isoflop.LADDER)))
-    assert committed <= wanted
-    if all(isoflop.rule_of(isoflop.rows_of(kind)) for kind in isoflop.KINDS):
-        assert wanted == committed
+    assert wanted <= set(logs.read(runs.pack_of(isoflop.LADDER)))
 
 
 def a_row(size, budget, adam_lr, loss, seed=0, kind="spectron"):
-    steps = round(isoflop.x_of(kind, size, budget)["steps"])
+    steps = runs.steps_of(isoflop.run(kind, size, budget).method, isoflop.LADDER)
     return {"kind": kind, "size": size, "budget": budget, "lr": isoflop.lr_of(kind, steps), "seed": seed,
             "adam_lr": adam_lr, "steps": steps, "loss": loss, "total": isoflop.SIZES[size].dim * 1000}
 
 
-def swept_rows(best, noise=0.0):
-    """A sweep whose losses have their minimum at best(size, budget), each size with a floor of its own."""
-    draw = np.random.default_rng(0)
-    return [a_row(size, budget, x, 1 + i / 10 + 0.05 * np.log(x / best(size, budget))**2
-                  + noise * draw.normal()) for budget in isoflop.SWEPT
-            for i, size in enumerate(isoflop.sizes("spectron", budget)) for x in isoflop.ADAM_LRS]
-
-
-@pytest.mark.parametrize("x, power", [("width", -0.5), ("steps", 0.7), ("constant", 0)])
-def test_the_rule_finds_how_the_best_adam_lr_moves(x, power, monkeypatch):
-    def best(size, budget):
-        return 1e-2 * (isoflop.x_of("spectron", size, budget)[x] / 40) ** power
-    rows = swept_rows(best)
-    rule = isoflop.fit_rule(rows, x)
-    assert rule.power == pytest.approx(power, abs=1e-6) and rule.residual < 1e-6
-    assert np.exp(rule.centre) * (40 / rule.x0) ** rule.power == pytest.approx(1e-2)
-    assert all(abs(np.log(rule(size, budget) / best(size, budget))) < 0.61 for budget in isoflop.SWEPT
-               for size in isoflop.sizes("spectron", budget) if 1e-3 < best(size, budget) < 0.1)
-    assert max(isoflop.excess(rows, rule)) < 0.02
-    monkeypatch.setattr(isoflop, "adam_lrs", lambda rows, size, budget: [])  # the sweep is complete
-    assert isoflop.rule_of(swept_rows(best, noise=1e-3)).x == x
-
-
-def test_the_sweep_goes_on_at_an_edge_that_is_best_and_the_rule_waits_for_it():
+def test_the_sweep_goes_on_at_an_edge_that_is_best():
     size, budget = isoflop.sizes("spectron", isoflop.SWEPT[0])[0], isoflop.SWEPT[0]
-    for losses, wanted in ((2, 1, 2), []), ((1, 2, 3), [1e-3]), ((3, 2, 1), [1e-1]), ((3, 2, None), []):
-        rows = [a_row(size, budget, x, loss) for x, loss in zip(isoflop.ADAM_LRS, losses)]
-        assert set(isoflop.adam_lrs(rows, size, budget)) - set(isoflop.ADAM_LRS) == set(wanted)
-    assert isoflop.adam_lrs(rows[:2], size, budget) == [*isoflop.ADAM_LRS]
-    assert isoflop.rule_of(rows) is None and isoflop.adam_lrs(rows, size, isoflop.BUDGETS[-1]) == []
+    for losses, wanted in ((2, 1, 2), []), ((1, 2, 3), [1e-3]), ((3, 2, 1), [1e-1]), ((3, 1, None), []):
+        rows = [a_row(size, budget, x, loss) for x, loss in zip(isoflop.FIRST, losses)]
+        assert set(isoflop.adam_lrs(rows, size, budget)) - set(isoflop.FIRST) == set(wanted)
+    assert isoflop.adam_lrs(rows[:2], size, budget) == [*isoflop.FIRST]
+    falling = [a_row(size, budget, x, -i) for i, x in enumerate(isoflop.GRID[1:5])]
+    assert isoflop.adam_lrs(falling, size, budget) == [*isoflop.GRID[1:]]
+    assert isoflop.adam_lrs(rows, size, isoflop.BUDGETS[-1]) == [*isoflop.THREE]
 
 
-def test_what_is_fitted_is_at_the_chosen_adam_lr(monkeypatch):
-    """At the smaller budgets each size's best, at the larger the rule's; or one choice for all."""
+def test_what_is_fitted_is_at_the_chosen_adam_lr():
+    """Of all seeds: at what was best with seed 0, or at one for all."""
     small, large, size = isoflop.BUDGETS[0], isoflop.BUDGETS[-1], "nano-2x32"
-    rows = [a_row(size, budget, x, loss, seed) for budget in (small, large) for seed in (0, 1)
-            for x, loss in zip(isoflop.ADAM_LRS, (2.0, 1.8, 1.9))]
-    monkeypatch.setattr(isoflop, "rule_of", lambda rows: lambda size, budget: 3e-2)
-    for choice, expected in ("best", (1e-2, 3e-2)), ("rule", (3e-2, 3e-2)), ("base", (3e-3, 3e-3)):
-        kept = isoflop.kept(rows, choice)
-        assert [r["adam_lr"] for r in kept] == [expected[0]] * 2 + [expected[1]] * 2
+    rows = [a_row(size, budget, x, loss + seed * x, seed) for budget in (small, large) for seed in (0, 1)
+            for x, loss in zip(isoflop.THREE, (2.0, 1.8, 1.9 - (budget == large)))]
+    for adam_lr, expected in (None, (3e-2, 1e-1)), (3e-2, (3e-2, 3e-2)), (3e-3, (3e-3, 3e-3)):
+        assert [r["adam_lr"] for r in isoflop.kept(rows, adam_lr)] == [expected[0]] * 2 + [expected[1]] * 2
     pairs = [a_row(size, C, 3e-3, loss) for C in isoflop.SWEPT for loss in (1, 1 + C / 1e12)]
     assert isoflop.noise(pairs)[:2] == pytest.approx([0.15 / 2**0.5, 0.47 / 2**0.5])
 
 
 def test_the_study_makes_itself_from_nothing_smaller_budgets_first(monkeypatch, tmp_path):
-    """With losses of a known surface: the sweep, the rule, and three seeds of three sizes at each budget."""
+    """With losses of a known surface: the sweep, and three seeds of three sizes at each budget."""
     monkeypatch.chdir(tmp_path)
     made, draw = [], np.random.default_rng(0)
 
@@ -197,15 +170,12 @@ def test_the_study_makes_itself_from_nothing_smaller_budgets_first(monkeypatch, 
     assert [budget for budget, *_ in made] == sorted(budget for budget, *_ in made)
     for kind in isoflop.KINDS:
         rows = isoflop.rows_of(kind)
-        rule = isoflop.rule_of(rows)
-        assert rule.x == "width" and rule.power == pytest.approx(-1, abs=0.25)
         for budget in isoflop.BUDGETS:
             seeds = [r["size"] for r in isoflop.kept(rows) if r["budget"] == budget and r["seed"] == 2]
             assert len(seeds) == 3 or budget == isoflop.SEEDED and len(seeds) > 3
         last = isoflop.BUDGETS[3]
         swept = {(size, x) for budget, other, size, x, _ in made if (budget, other) == (last, kind)}
-        assert swept == {(size, x) for size in isoflop.sizes(kind, last)
-                         for x in (isoflop.BASE, rule(size, last))}
+        assert swept == {(size, x) for size in isoflop.sizes(kind, last) for x in isoflop.THREE}
     assert "0 runs are to be made" in isoflop.missing() and " 1 runs" not in isoflop.missing()
 
 
