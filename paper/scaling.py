@@ -229,7 +229,7 @@ def write_isoflop(count: str = "total", flops: str = "executed") -> None:
     write(where / "runs.csv", "".join(lines))
     write(where / "table.md", f"{table}## The exponent a, counted otherwise\n\n{conventions()}\n"
           "[Every run](runs.csv)\n\n![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
-    save(figure9(points, budgets), where / "figure9.png", 
+    save(figure9(points, budgets), where / "figure9.png",
          "At each budget one size is best, and it grows with the compute", SETTING)
     save(figure8(points, budgets), where / "figure8.png", "The best size grows more slowly than the root "
          "of the compute, low-rank and dense", SETTING)
@@ -266,7 +266,7 @@ def write_parametric(count: str = "total", flops: str = "executed") -> None:
           f"code lists, with the paper's own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
           f"{precision}\n![precision](precision.png)\n")
     save(residuals_figure(points), where / "residuals.png",
-         "The fitted law misses a run by 0.02 (dense) or 0.04 nats (rms), about as much as seeds differ", SETTING)
+         "The fitted law misses a run by 0.02 (dense) or 0.04 nats (rms), as much as seeds differ", SETTING)
     save(precision_figure(spreads), where / "precision.png",
          "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
          f"400 simulated studies of {len(design)} runs each, the paper's parametric law as the truth")
