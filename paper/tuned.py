@@ -23,7 +23,7 @@ from paper.experiments import SAID, T95
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
-GRIDS = {"lr": runs.SERIES, "adam_lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "momentum": (0.5, 0.7, 0.9),
+GRIDS = {"lr": runs.SERIES, "adam_lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "momentum": (0.5, 0.7, 0.9),
          "beta1": (0.8, 0.9, 0.95)}
 FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
          "beta1": "--method varied --method_args beta1={:g}"}
