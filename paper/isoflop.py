@@ -27,7 +27,7 @@ from paper.runs import Run, Scale
 
 BUDGETS = (1.5e11, 4.7e11, 1.4e12, 4.5e12)
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of adam_lr
-SWEPT = BUDGETS[:2]  # where it starts from FIRST and goes on until the best is inside; THREE are elsewhere
+SWEPT = BUDGETS[:2]  # have FIRST, and on until the best is inside; the others have THREE
 FIRST, THREE = GRID[1:4], (3e-3, 3e-2, 1e-1)
 BASE = 3e-3  # that of every run of the first study
 SEEDED, SEEDS = 1.5e11, 3  # the budget at which each size has as many seeds with BASE

@@ -98,8 +98,8 @@ class Study:
 
 
 SHORT, LONG, LONGER = (  # in bfloat16, in which a core of the CPU that made them does 1.5 times as many steps
-    Scale({}, "nano", f"tuned-{steps}", steps, 4096, "data/stdlib", 1, 2, (), halves, 20, "bfloat16")
-    for steps, halves in ((200, False), (800, True), (1600, True)))
+    Scale({}, "nano", f"tuned-{steps}", steps, 4096, "data/stdlib", lrs=1, seeds=2, halves=steps > 200,
+          kept=20, dtype="bfloat16") for steps in (200, 800, 1600))
 
 
 # ------------------------------------------ One lr for all shapes -------------------------------------------
@@ -281,8 +281,8 @@ def main(argv=None):
         while left := missing(*stage):
             runs.make_all(left, stage[0])
     if not (complete := [about for about, stage in stages.items() if not missing(*stage)]):
-        raise UserError(f"no stage of {args.name} has all its runs: --make trains them; "
-                        "python -m paper.tuned plan has the hours")
+        raise UserError(f"no part of {args.name} has all its runs. This trains them, and may be stopped: "
+                        f"python -m paper.tuned {args.name} --make (hours: python -m paper.tuned plan)")
     write(RESULTS / args.name / "table.md", page(complete))
     print(f"{RESULTS / args.name}/table.md")
 

@@ -57,7 +57,8 @@ def test_scaling_says_what_its_tables_say():
         ("deviation of {} by parabolas and {} by the law", *(x.split(" ± ")[1] for x in spread[1:]))],
         ("0.479, 0.455", "With nano's 0.003", "So 0.479 and Chinchilla's 0.49 cannot", "95% intervals",
          "momentum 0.9, not nano's 4, 4,096 and 0.7:", "rank ratio 0.25", "0.037 (Spectron) or 0.0145 (Muon)",
-         "better by 0.010 nats at most", "is 0.003, 0.01 and 0.03 at", "it is 0.003, 0.03 and 0.1.",
+         "tried at `adam_lr` 0.003, are better",
+         "by 0.010 nats at most", "is 0.003, 0.01 and 0.03 at", "it is 0.003, 0.03 and 0.1.",
          "With 0.03 for all", "it is 0.9 for both, and at nano 0.7", "noise 0.01 nats"))
 
 

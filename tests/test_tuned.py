@@ -73,7 +73,7 @@ def test_a_diverged_run_is_no_minimum(made_up):
 def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_up, name, fails):
     before = tuned.plan(name, 1e10)
     assert "hours" in before and " 0 runs" not in before.splitlines()[0]
-    fails(tuned.main, [name], "no stage of", "--make")
+    fails(tuned.main, [name], "no part of", f"python -m paper.tuned {name} --make")
     tuned.main([name, "--make"])
     page = (tuned.RESULTS / name / "table.md").read_text("utf-8")
     assert f"`python -m paper.reproduce {name}`" in page.replace("\n", " ")
