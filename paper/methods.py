@@ -72,13 +72,13 @@ TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{w
 SHAPED = TRANSFERRED | {"lora-muon": [
     add("lora-muon", f"lora-muon@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
         f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]}
-# Settings in which the factors' norms may part, with the flags of Spectron and of Muon on the factors, whose
-# lr is a quarter of Spectron's, so that at four times its weight decay a step shrinks the weights by as much.
-PARTING = {short: [add(method, f"{method}-{short}", label, own, swept=False) for method, own in zip(
-    ("spectron", "orthogonalize"), flags)] for short, label, *flags in (
-        ("plain", "as it is", "", ""), ("decay", "weight decay", "--weight_decay 0.1", "--weight_decay 0.4"),
-        ("thin", "rank ratio 1/16", *("--rank_ratio 0.0625",) * 2),
-        ("unbalanced", "from 4 A and B / 4", *("--method varied --method_args c=4",) * 2))}
+# Settings in which the factors' norms may part
+PARTING = {"plain": ["spectron", "orthogonalize"]} | {
+    short: [add(method, f"{method}-{short}", label, flags, swept=False)
+            for method in ("spectron", "orthogonalize")] for short, label, flags in (
+    ("decay", "factors decayed", "--method varied --method_args decay=0.02"),
+    ("thin", "rank ratio 1/16", "--rank_ratio 0.0625"),
+    ("unbalanced", "attention from 8 A and B / 8", "--method varied --method_args c=8"))}
 
 WITH_ADAM = "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
 DEARER = "dense", "dense-adamw", "galore", "fira", "sltrain", "relora", "self-guided"  # a token costs more

@@ -2,41 +2,44 @@
 
     python -m paper.tuned shapes    does one learning rate serve all shapes, and for which method?
     python -m paper.tuned norms     where do the norms of the factors part, and does Spectron end lower there?
-    python -m paper.tuned long      800 and 1,600 steps of nano: who ends lowest?
+    python -m paper.tuned lengths   200, 800 and 1,600 steps of nano: who ends lowest?
     python -m paper.tuned plan      the runs that are missing, as far as is known, and their hours
 
 Each draws from the logs that are there. With --make it trains first what is missing, which takes hours and
 may be stopped. The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to
-the best beside it, until none beside it is lower on any axis: the best is inside its grid. It reads seed 0.
+the best beside it, until none beside it is lower on any axis. It reads seed 0, on half of the validation text
+where a log has halves; what is told is of other seeds and the other half.
 """
 
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+
+import numpy as np
 
 import train
 from lib.cli import Parser, UserError, command, number
 from paper import draw, runs
 from paper.methods import METHODS, PARTING, SHAPED, SHAPES
-from paper.experiments import SAID, T95
+from paper.experiments import SAID, mean_and_half
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
-GRIDS = {"lr": runs.SERIES, "adam_lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "momentum": (0.5, 0.7, 0.9),
-         "beta1": (0.8, 0.9, 0.95)}
+GRIDS = {"lr": runs.SERIES, "adam_lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),  # no best at an end
+         "momentum": (0.3, 0.5, 0.7, 0.9, 0.95), "beta1": (0.7, 0.8, 0.9, 0.95, 0.98)}
 FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
          "beta1": "--method varied --method_args beta1={:g}"}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A method in a setting: its name, where its search starts, and how many seeds it has in the end."""
+    """A method in a setting: its name, where its search starts, and the seeds that tell its loss."""
     method: str
     start: dict
     scale: Scale
     axes: tuple = ("lr", "adam_lr")
-    seeds: range = field(default_factory=lambda: range(2))
+    seeds: range = range(1, 9)
 
     @cached_property
     def own(self) -> dict:
@@ -64,9 +67,15 @@ class Study:
         return log.steps[-1]["halves"][half] if self.scale.halves else log.final_loss
 
     def beside(self, point: dict, axis: str) -> list[dict]:
-        """The point, and those beside it along one axis."""
-        grid, place = GRIDS[axis], GRIDS[axis].index(point[axis])
-        return [point, *(point | {axis: grid[i]} for i in (place - 1, place + 1) if 0 <= i < len(grid))]
+        """The point, and those beside it along one axis; along momentum also with lr moved the other way, as
+        the two trade off."""
+        def moved(axis, by):
+            place = GRIDS[axis].index(point[axis]) + by
+            return {axis: GRIDS[axis][place]} if 0 <= place < len(GRIDS[axis]) else {}
+        found = [point, *(point | moved(axis, by) for by in (-1, 1))]
+        if axis == "momentum":
+            found += [point | moved(axis, by) | moved("lr", -by) for by in (-1, 1)]
+        return found
 
     @property
     def search(self) -> tuple[dict, list[dict], int]:
@@ -85,21 +94,42 @@ class Study:
                     best = min(around, key=self.loss)
         return point, [], len(tried)
 
+    def at(self, lr: float) -> dict:
+        return self.search[0] | {"lr": lr}
+
     def over_lr(self) -> dict[float, float]:
         """lr -> the loss of seed 0, where it was run, all else at its best."""
-        point = self.search[0]
-        found = {lr: self.loss(point | {"lr": lr}) for lr in runs.SERIES}
+        found = {lr: self.loss(self.at(lr)) for lr in runs.SERIES}
         return {lr: loss for lr, loss in found.items() if loss is not None and math.isfinite(loss)}
 
     def wanted(self) -> list[Run]:
-        """What the search needs; when it has ended, the other seeds of its best."""
+        """What the search needs; when it has ended, the seeds that tell."""
         point, missing, _ = self.search
         return [self.run(p) for p in missing] or [self.run(point, seed) for seed in self.seeds]
 
+    def told(self) -> list[float]:
+        """The losses of the best point on the seeds, and the half, that it was not chosen by."""
+        return [self.loss(self.search[0], seed, half=1) for seed in self.seeds]
 
-SHORT, LONG, LONGER = (  # in bfloat16, in which a core of the CPU that made them does 1.5 times as many steps
-    Scale({}, "nano", f"tuned-{steps}", steps, 4096, "data/stdlib", lrs=1, seeds=2, halves=steps > 200,
-          kept=20, dtype="bfloat16") for steps in (200, 800, 1600))
+    def used(self, key: str) -> float:
+        """FLOPs or seconds of one of these runs, the median."""
+        return statistics.median(self.log(self.search[0], seed).steps[-1][key] for seed in self.seeds)
+
+
+SHAPE, SHORT, LONG, LONGER = (  # bfloat16, in which the CPU that made them does 1.5 times as many steps
+    Scale({}, "nano", f"tuned-{name}", steps, 4096, "data/stdlib", lrs=1, seeds=1, halves=name != "shapes",
+          kept=20, dtype="bfloat16")
+    for name, steps in (("shapes", 200), ("200", 200), ("800", 800), ("1600", 1600)))
+
+
+def above(study: Study, other: Study) -> list[float]:
+    """How far it ends above the other, seed by seed."""
+    return [a - b for a, b in zip(study.told(), other.told())]
+
+
+def interval(gaps: list[float]) -> str:
+    mean, half = mean_and_half(gaps)
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 # ------------------------------------------ One lr for all shapes -------------------------------------------
@@ -109,59 +139,80 @@ USUAL = {"spectron": dict(lr=0.2, adam_lr=1e-2), "orthogonalize": dict(lr=0.05, 
 
 
 def of_shapes(method: str) -> list[Study]:
-    return [Study(shape, USUAL[method], SHORT) for shape in SHAPED[method]]
+    return [Study(shape, USUAL[method], SHAPE, seeds=range(2, 6)) for shape in SHAPED[method]]
 
 
-def common(studies: list[Study]) -> list[float]:
-    """The learning rates that are best for some shape."""
-    return sorted({s.search[0]["lr"] for s in studies})
+def lrs_between(studies: list[Study]) -> list[float]:
+    """From the lowest to the highest lr that is best for a shape."""
+    best = [s.search[0]["lr"] for s in studies]
+    return [lr for lr in runs.SERIES if min(best) <= lr <= max(best)]
+
+
+def mean_loss(study: Study, lr: float) -> float:
+    return statistics.mean(study.loss(study.at(lr), seed) for seed in (0, 1))
+
+
+def own_and_one(studies: list[Study]) -> tuple[list[float], float]:
+    """(the best lr of each shape, the best for all of them), by the mean of seeds 0 and 1."""
+    lrs = lrs_between(studies)
+    return ([min(lrs, key=partial(mean_loss, s)) for s in studies],
+            min(lrs, key=lambda lr: sum(mean_loss(s, lr) for s in studies)))
 
 
 def shape_runs(method: str) -> list[Run]:
-    """The search of every shape; then each shape, at its own adam_lr, at every lr that is best for one."""
+    """The search of every shape; then each shape, at its own adam_lr, at every lr between the best ones, with
+    two seeds; then, with four others, those whose best lr is not that for all, at both."""
     studies = of_shapes(method)
-    if missing := [s.run(p) for s in studies for p in s.search[1]]:
-        return missing
-    return [s.run(s.search[0] | {"lr": lr}, seed)
-            for lr in common(studies) for s in studies for seed in s.seeds]
+    if left := [s.run(p) for s in studies for p in s.search[1]]:
+        return left
+    tuning = [s.run(s.at(lr), seed) for lr in lrs_between(studies) for s in studies for seed in (0, 1)]
+    if any(not log_of(run, SHAPE) for run in tuning):
+        return tuning
+    lrs, one = own_and_one(studies)
+    return tuning + [s.run(s.at(lr), seed) for s, own in zip(studies, lrs) if own != one
+                     for lr in (own, one) for seed in s.seeds]
+
+
+def costs(studies: list[Study]) -> list[list[float]]:
+    """Of each shape: how far it ends above its own best lr at the one for all, seed by seed."""
+    lrs, one = own_and_one(studies)
+    return [[0.0 if own == one else s.loss(s.at(one), seed) - s.loss(s.at(own), seed) for seed in s.seeds]
+            for s, own in zip(studies, lrs)]
 
 
 def shapes_page(methods: list) -> str:
     summary, rows, curves = [], [], {}
     for method in methods:
-        studies = of_shapes(method)
+        studies, label = of_shapes(method), METHODS[method].label
         curves[method] = {shape: s.over_lr() for shape, s in zip(SHAPES, studies)}
-        found = [{lr: statistics.mean(s.loss(s.search[0] | {"lr": lr}, seed) for seed in s.seeds)
-                  for lr in common(studies)} for s in studies]
-        one = min(common(studies), key=lambda lr: sum(losses[lr] for losses in found))
-        above = [losses[one] - min(losses.values()) for losses in found]
-        summary.append([METHODS[method].label, ", ".join(f"{s.search[0]['lr']:g}" for s in studies),
-                        f"{one:g}", f"{statistics.mean(above):.3f}", f"{max(above):.3f}"])
-        for s, losses in zip(studies, found):
-            point, _, tried = s.search
-            rows.append([METHODS[s.method].label, f"{point['adam_lr']:g}", str(tried),
-                         ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in losses.items()),
-                         *divisors(s, point | {"lr": one})])
+        (lrs, one), found = own_and_one(studies), costs(studies)
+        summary.append([label, ", ".join(f"{lr:g}" for lr in lrs), f"{one:g}",
+                        interval([statistics.mean(seed) for seed in zip(*found)]),
+                        f"{max(map(statistics.mean, found)):.3f}"])
+        for (width, ratio), s in zip(SHAPES, studies):
+            rows.append([label, str(width), f"{ratio:g}", f"{s.search[0]['adam_lr']:g}", str(s.search[2]),
+                         ", ".join(f"{lr:g}: {mean_loss(s, lr):.3f}" for lr in lrs_between(studies)),
+                         *divisors(s, s.at(one))])
     save(draw.loss_over_lr_of_shapes(curves), RESULTS / "shapes" / "figure.png", SAID["shapes"]["message"],
          "two layers, 200 steps of 4,096 tokens of the offline corpus, seed 0, each shape's best adam_lr")
     return "\n".join([
         "# One learning rate for all shapes\n\nTwo layers, 200 steps of 4,096 tokens of the offline corpus, "
-        "bfloat16. adam_lr and lr are tuned for each shape on\nseed 0; losses are means of two seeds, in "
-        "nats per byte. `python -m paper.reproduce shapes`\n",
+        "bfloat16. Each shape has its best adam_lr, by a search on\nseed 0, and its best lr, by the mean of "
+        "seeds 0 and 1. What one lr for all costs is told by seeds 2 to 5, in nats per\nbyte, ± the 95% "
+        "interval. `python -m paper.reproduce shapes`\n",
         markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
                   "largest"], summary),
-        "The shapes are widths 32, 64, 128 and 256 at rank ratio 0.25, and 128 at 0.125 and 0.5.\n",
-        markdown(["", "adam_lr", "runs of the search", "loss at each lr that is best for a shape", *DIVISOR],
-                 rows), "![figure](figure.png)\n"])
+        "The shapes, in this order:\n",
+        markdown(["", "width", "rank ratio", "adam_lr", "runs of the search", "loss at each lr between",
+                  *DIVISOR], rows), "![figure](figure.png)\n"])
 
 
 DIVISOR = [f"‖A‖ + ‖B‖ + 1, {when} step: smallest, median, largest" for when in ("first", "last")]
 
 
 def divisors(study: Study, point: dict) -> list[str]:
-    """Of all matrices, after the first and after the last step; of a seed whose log has them."""
-    logs = [study.log(point, seed) for seed in study.seeds]
-    found = next((log.points("divisor") for log in logs if log and log.points("divisor")), None)
+    """Of all matrices, after the first and after the last step, of one seed."""
+    found = (study.log(point) or study.log(point, study.seeds[0])).points("divisor")
     return [", ".join(f"{x:.2f}" for x in found[i][1]) for i in (0, -1)] if found else ["", ""]
 
 
@@ -169,11 +220,20 @@ def divisors(study: Study, point: dict) -> list[str]:
 
 def of_norms() -> dict[str, list[Study]]:
     """By setting: Spectron and Muon on the factors, lr tuned alone; at last both at twice their best lr."""
-    at = dict(lr=0.2, adam_lr=3e-3), dict(lr=0.05, adam_lr=1e-2)
-    found = {short: [Study(method, start, SHORT, ("lr",)) for method, start in zip(methods, at)]
+    at, seeds = (dict(lr=0.2, adam_lr=3e-3), dict(lr=0.05, adam_lr=1e-2)), range(1, 6)
+    found = {short: [Study(method, start, SHORT, ("lr",), seeds) for method, start in zip(methods, at)]
              for short, methods in PARTING.items()}
-    return found | {"twice": [Study(s.method, s.search[0] | {"lr": 2 * s.search[0]["lr"]}, SHORT, ())
-                              for s in found["plain"]]}
+    return found | {"twice": [Study(s.method, s.at(twice(s)), SHORT, (), seeds) for s in found["plain"]]}
+
+
+def twice(study: Study) -> float:
+    """Twice the lr at which a parabola through the best one and those beside it, in log lr, is lowest; to two
+    digits. (The best of a grid may be off by a quarter.)"""
+    around = {p["lr"]: study.loss(p) for p in study.beside(study.search[0], "lr")}
+    if None in around.values() or not all(map(math.isfinite, around.values())):
+        return 2 * study.search[0]["lr"]
+    square, linear, _ = np.polyfit(np.log([*around]), [*around.values()], 2)
+    return float(f"{2 * math.exp(-linear / 2 / square):.2g}")
 
 
 def norm_runs(setting: str) -> list[Run]:
@@ -181,73 +241,80 @@ def norm_runs(setting: str) -> list[Run]:
 
 
 def norms_page(settings: list) -> str:
-    rows = []
+    rows, plain = [], above(*reversed(of_norms()["plain"]))
     for setting in settings:
-        studies = of_norms()[setting]
-        losses = [[s.loss(s.search[0], seed) for seed in s.seeds] for s in studies]
-        for s, own in zip(studies, losses):
+        spectron, muon = of_norms()[setting]
+        gaps = above(muon, spectron)
+        for s in spectron, muon:
             rows.append([METHODS[s.method].label + ", twice the best lr" * (setting == "twice"),
-                         f"{s.search[0]['lr']:g}", f"{statistics.mean(own):.3f}",
-                         f"{statistics.mean(own) - statistics.mean(losses[0]):+.3f}",
+                         f"{s.search[0]['lr']:g}", f"{statistics.mean(s.told()):.3f}",
+                         *([interval(gaps), interval([a - b for a, b in zip(gaps, plain)])
+                            if setting != "plain" else ""] if s is muon else ["", ""]),
                          *divisors(s, s.search[0])])
-    return ("# Where the norms of the factors part\n\nNano, 200 steps, bfloat16; lr is tuned in each setting "
-            "on seed 0, losses are means of two seeds.\n`python -m paper.reproduce norms`\n\n" + markdown(
-                ["", "lr", "loss (nats per byte)", "over Spectron's", *DIVISOR], rows))
+    return ("# Where the norms of the factors part\n\nNano, 200 steps, bfloat16. lr is tuned in each setting "
+            "on seed 0 and the first half of the validation\ntext; losses are means of seeds 1 to 5 on the "
+            "other half, ± the 95% interval of a difference.\n`python -m paper.reproduce norms`\n\n"
+            + markdown(["", "lr", "loss (nats per byte)", "over Spectron's",
+                        "the same less that of the first rows", *DIVISOR], rows))
 
 
-# ------------------------------------------------- Long runs ------------------------------------------------
+# ---------------------------------------- 200, 800 and 1,600 steps ------------------------------------------
 
 MUONS, ADAMW = ("lr", "adam_lr", "momentum"), ("lr", "adam_lr", "beta1")
-STARTS = {"spectron": (MUONS, dict(lr=0.1, adam_lr=3e-3, momentum=0.7)),
+STARTS = {"spectron": (MUONS, dict(lr=0.2, adam_lr=3e-3, momentum=0.7)),
           "orthogonalize": (MUONS, dict(lr=0.05, adam_lr=1e-2, momentum=0.7)),
-          "equilibrated": (MUONS, dict(lr=0.1, adam_lr=3e-3, momentum=0.7)),
-          "equilibrated-muon": (MUONS, dict(lr=0.02, adam_lr=3e-3, momentum=0.7)),
+          "equilibrated": (MUONS, dict(lr=0.2, adam_lr=3e-3, momentum=0.7)),
+          "equilibrated-muon": (MUONS, dict(lr=0.05, adam_lr=3e-3, momentum=0.7)),
           "dense": (MUONS, dict(lr=0.05, adam_lr=3e-3, momentum=0.7)),
+          "dense-flops": (MUONS, dict(lr=0.1, adam_lr=1e-2, momentum=0.7)),
           "adamw": (ADAMW, dict(lr=1e-3, adam_lr=3e-2, beta1=0.9))}
 
 
-def of_length(steps: int, method: str) -> Study:
-    """At 1,600 steps the search has lr alone, from the best of 800 steps. Seed 0 tunes, the others tell."""
+def of_length(scale: Scale, method: str) -> Study:
+    """A search starts from the best of the next shorter one; at 1,600 steps it has lr alone."""
     axes, start = STARTS[method]
-    study = Study(method, start, LONG, axes, range(1, 5))
-    if steps == 800:
-        return study
-    return replace(study, start=study.search[0], scale=LONGER, axes=("lr",))
+    study = Study(method, start, SHORT, axes)
+    for longer in (LONG, LONGER)[:(SHORT, LONG, LONGER).index(scale)]:
+        study = replace(study, start=study.search[0], scale=longer)
+    if scale == LONGER:
+        study = replace(study, axes=("lr",), seeds=range(1, 5))
+    return study
 
 
-def long_runs(steps: int, methods: tuple) -> list[Run]:
-    return [run for method in methods for run in of_length(steps, method).wanted()]
+def length_runs(scale: Scale, methods: tuple) -> list[Run]:
+    return [run for method in methods for run in of_length(scale, method).wanted()]
 
 
-def long_page(stages: list) -> str:
+def lengths_page(stages: list) -> str:
     rows = []
     for scale, method in [(scale, method) for scale, methods in stages for method in methods]:
-        s, first = (of_length(scale.steps, name) for name in (method, "spectron"))
+        s, first = (of_length(scale, name) for name in (method, "spectron"))
         point, _, tried = s.search
-        told, beside = ([x.loss(x.search[0], seed, half=1) for seed in x.seeds] for x in (s, first))
-        gaps = [a - b for a, b in zip(told, beside)]
-        interval = T95[len(gaps)] * statistics.stdev(gaps) / len(gaps)**0.5
+        flops, seconds = (s.used(key) / first.used(key) for key in ("flops", "seconds"))
         rows.append([f"{scale.steps:,}", METHODS[method].label,
                      ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried), f"{s.loss(point):.3f}",
-                     f"{statistics.mean(told):.3f} ± {statistics.stdev(told):.3f}",
-                     "" if s == first else f"{statistics.mean(gaps):+.3f} ± {interval:.3f}",
+                     f"{statistics.mean(s.told()):.3f} ± {statistics.stdev(s.told()):.3f}",
+                     "" if s == first else interval(above(s, first)), f"{flops:.2f}", f"{seconds:.2f}",
                      *divisors(s, point)])
-    return ("# Long runs\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. Tuned on seed 0 and "
-            "the first half of the validation text;\nreported on seeds 1 to 4 and the other half. `python -m "
-            "paper.reproduce long`\n\n"
-            + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on",
-                        "loss (nats per byte), ± standard deviation of four seeds",
-                        "over Spectron's, ± 95% interval", *DIVISOR], rows))
+    return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
+            "Tuned on seed 0 and the first half of the validation\ntext; losses are of seeds 1 to 8 (1 to 4 "
+            "at 1,600 steps) and the other half, in nats per byte, ± a standard deviation; of a\ndifference, "
+            "seeds paired, ± the 95% interval, without the noise of tuning. Seconds are medians, two "
+            "runs side by\nside on two CPU cores. `python -m paper.reproduce lengths`\n\n"
+            + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "loss",
+                        "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
 
 
 # ----------------------------------------------- All of them ------------------------------------------------
 
-PAIRS = ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense", "adamw")
+STAGES = [(SHORT, ("spectron", "dense-flops")), (SHORT, ("orthogonalize", "dense")),
+          (SHORT, ("equilibrated", "equilibrated-muon", "adamw")),
+          *((scale, methods) for scale in (LONG, LONGER) for methods in (
+              ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense", "adamw")))]
 PARTS = {  # name -> (what each stage is about -> its scale and what says which runs it needs now; the page)
-    "shapes": ({method: (SHORT, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
+    "shapes": ({method: (SHAPE, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
     "norms": ({setting: (SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")}, norms_page),
-    "long": ({(scale, methods): (scale, partial(long_runs, scale.steps, methods))
-              for scale in (LONG, LONGER) for methods in PAIRS}, long_page)}
+    "lengths": ({stage: (stage[0], partial(length_runs, *stage)) for stage in STAGES}, lengths_page)}
 
 
 def missing(scale: Scale, wanted) -> list[Run]:
@@ -269,7 +336,8 @@ def plan(name: str, rate: float) -> str:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("name", choices=[*PARTS, "plan"], metavar="NAME", help="shapes, norms, long or plan")
+    parser.add_argument("name", choices=[*PARTS, "plan"], metavar="NAME",
+                        help="shapes, norms, lengths or plan")
     parser.add_argument("--make", action="store_true", help="train first what is missing: hours, see plan")
     parser.add_argument("--rate", type=number(), default=8e10,
                         help="of plan: FLOPs a second (8e10, about that of two cores)")

@@ -36,7 +36,8 @@ def made_up(monkeypatch, tmp_path):
                 for axis, x in found.items() if x in tuned.GRIDS[axis])
             logs.add(runs.pack_of(scale), run.name, [
                 {"config": {"steps": 5, "model": {"vocab_size": 320}}},
-                {"step": 5, "val_loss": loss, "halves": [loss, loss + 1], "divisor": [3.0, 3.5, 4.0]}])
+                {"step": 5, "val_loss": loss, "halves": [loss, loss + 1], "divisor": [3.0, 3.5, 4.0],
+                 "flops": 1e9, "seconds": 10.0}])
             made.append(run)
     monkeypatch.setattr(runs, "make_all", make_all)
     return made
@@ -79,9 +80,9 @@ def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_u
     assert f"`python -m paper.reproduce {name}`" in page.replace("\n", " ")
     assert "3.00, 3.50, 4.00" in page and "None" not in page and "nan" not in page
     assert " 0 runs" in tuned.plan(name, 1e10).splitlines()[-1]
-    if name == "long":  # tuned on seed 0 and the first half, told on the others and the second
-        assert "2.625 ± 0.013" in page and page.count("| 1,600 |") == page.count("| 800 |") == 6
-        assert {run.seed for run in made_up} == {0, 1, 2, 3, 4}
+    if name == "lengths":  # tuned on seed 0 and the first half, told on the others and the second
+        assert "2.645 ± 0.024" in page and page.count("| 1,600 |") == page.count("| 800 |") == 6
+        assert {run.seed for run in made_up} == set(range(9))
     made = len(made_up)
     tuned.main([name, "--make"])
     tuned.main([name])
@@ -115,11 +116,11 @@ def test_a_run_with_the_flags_of_a_committed_arm_has_its_name():
     study = tuned.of_shapes("spectron")[0]
     assert study.run(dict(lr=0.2, adam_lr=3e-3)) == Run("spectron@nano-2x32@0.25", 0.2)
     assert study.run(dict(lr=0.2, adam_lr=1e-2)).name == "spectron@nano-2x32@0.25-adam0.01-lr0.2-seed0"
-    study = tuned.of_length(800, "spectron")
+    study = tuned.of_length(tuned.LONG, "spectron")
     assert study.run(dict(lr=0.1, adam_lr=3e-3, momentum=0.5)).method == "spectron-momentum0.5"
 
 
-@pytest.mark.parametrize("factor", [dict(c=4), dict(beta1=0.8)])
+@pytest.mark.parametrize("factor", [dict(c=4), dict(beta1=0.8), dict(decay=0.02)])
 def test_what_is_varied_is_that_alone(factor):
     def made(argv):
         c = train.resolve(train.parse(["--size", "nano-0.6M", "--device", "cpu", *argv]))
@@ -129,15 +130,17 @@ def test_what_is_varied_is_that_alone(factor):
         return model, method.optimizers(model, c)
     (key, value), = factor.items()
     model, (factors, others) = made(["--method", "varied", "--method_args", f"{key}={value}"])
-    plain, (own, _) = made(["--method", "spectron" if key == "c" else "adamw"])
+    plain, (own, _) = made(["--method", "adamw" if key == "beta1" else "spectron"])
     for (A, B), (A0, B0) in zip(model.factor_pairs(), plain.factor_pairs()):
-        assert torch.allclose(A, A0 * factor.get("c", 1)) and torch.allclose(B, B0 / factor.get("c", 1))
-    group, others = factors.param_groups[0], others.param_groups[0]
-    assert others["betas"] == (0.9, 0.95) and group["lr"] == own.param_groups[0]["lr"]
-    assert key == "c" or group["betas"] == (0.8, 0.95)
+        c = factor.get("c", 1) if A.size(0) == B.size(0) else 1  # attention
+        assert torch.allclose(A, A0 * c) and torch.allclose(B, B0 / c)
+    group, others, own = factors.param_groups[0], others.param_groups[0], own.param_groups[0]
+    assert others["betas"] == (0.9, 0.95) and others["weight_decay"] == 0 and group["lr"] == own["lr"]
+    assert key != "beta1" or group["betas"] == (0.8, 0.95)
+    assert group["lr"] * group["weight_decay"] == pytest.approx(factor.get("decay", 0))
 
 
-def test_varied_takes_one_of_the_two(fails):
+def test_varied_takes_one_of_the_three(fails):
     for args in [], ["--method_args", "c=2", "beta1=0.5"]:
         fails(train.main, ["--method", "varied", *args, "--dry_run"], "--method varied", "beta1")
 
