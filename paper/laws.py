@@ -165,14 +165,29 @@ def interval(values) -> tuple[float, float]:
 
 def bootstrap(points: Points, budgets, times: int = 400) -> tuple[list[float], list[Law]]:
     """Approach 2's exponents and Approach 3's laws, over runs drawn again with replacement in each budget."""
+    counts = drawn_again(points, budgets, times)
+    second = [isoflop(repeated(points, count), budgets) for count in counts]
+    return second, fit_law(points, counts, start=fit_law(points))
+
+
+def drawn_again(points: Points, budgets, times: int = 400) -> np.ndarray:
+    """(times, runs): how often each run counts in each study of the bootstrap."""
     generator, counts = np.random.default_rng(0), np.zeros((times, len(points)))
     for i in range(len(budgets)):
         rows = np.flatnonzero(nearest(points, budgets) == i)
         for count in counts if len(rows) else ():
             np.add.at(count, generator.choice(rows, len(rows)), 1)
-    second = [isoflop(points[np.repeat(np.arange(len(points)), count.astype(int))], budgets)
-              for count in counts]
-    return second, fit_law(points, counts, start=fit_law(points))
+    return counts
+
+
+def repeated(points: Points, count) -> Points:
+    return points[np.repeat(np.arange(len(points)), count.astype(int))]
+
+
+def without_a_minimum(points: Points, budgets) -> float:
+    """The share of the bootstrap's studies that have no minimum at some budget, which is then left out."""
+    return np.mean([sum(p.inside for p in profiles(repeated(points, count), budgets)) < len(budgets)
+                    for count in drawn_again(points, budgets)])
 
 
 def without_each(points: Points, budgets) -> list[tuple[float, float, float]]:

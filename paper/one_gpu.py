@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
@@ -86,83 +86,107 @@ class Setting:
     trained: str  # flags of the model that is trained
     seconds: float  # of one run, at Spectron's speed
     eval_tokens: int
+    rounds: int = 15  # of a timing
     backend: str = "inductor"
 
 
 REAL = Setting("--device cuda", ("S", "M", "L"), 16,
-               "--size 60M --seq_len 512 --tokens_per_step 65536 --batch_size 128 --adam_lr 0.003", 40, 2**21)
+               "--size 60M --seq_len 512 --tokens_per_step 65536 --batch_size 128", 20, 2**21)
 TINY = Setting("--device cpu --dtype float32", ("nano-2x16", "nano-2x32", "nano-2x48"), 1,
-               "--size nano-2x32 --seq_len 32 --tokens_per_step 256 --batch_size 8 --adam_lr 0.003", 0.5,
-               2**10, "eager")
+               "--size nano-2x32 --seq_len 32 --tokens_per_step 256 --batch_size 8", 0.3, 2**10, 3, "eager")
 METHODS = {"spectron": "--method spectron", "orthogonalize": "--no-renormalize", "adamw": "--method adamw",
            "dense": "--method dense"}
 NAMES = {"spectron": "Spectron", "orthogonalize": "Muon on the factors", "adamw": "AdamW on the factors",
          "dense": "dense, Muon"}
-TRAINED = [("spectron", 0.05), ("orthogonalize", 0.02), ("spectron", 0.1), ("orthogonalize", 0.01),
-           ("dense", 0.02), ("adamw", 1e-3), ("dense", 0.02, "seconds"), ("adamw", 1e-3, "seconds"),
-           ("dense", 0.05), ("adamw", 2e-3)]  # the most valuable first
+LRS = {"spectron": (0.1, 0.2, 0.05), "orthogonalize": (0.02, 0.05, 0.01), "dense": (0.02, 0.05, 0.01),
+       "adamw": (1e-3, 2e-3, 5e-4)}  # in this order, method after method
+ADAM_LRS = {"spectron": (3e-3, 1e-2), "orthogonalize": (1e-2, 3e-2), "dense": (3e-3, 1e-2),
+            "adamw": (1e-2, 3e-2)}  # the second is for the best lr alone
 FIRST_STEP = {"S": 56, "M": 95, "L": 110}  # seconds in one piece, by results/bench/gpu.md and the layers
 
 
 def parts(s: Setting):
     """(name, about how many seconds, what makes its line from those before), the most valuable first."""
     S, M, L = s.sizes
-    for size in L, M, S:
-        for method, beside in ("spectron", False), ("dense", False), ("spectron", True):
-            yield (f"speed {size} {method}" + " side by side" * beside, 25,
-                   partial(speed, s, size, method, beside, False))
+    for size, beside in (L, True), (M, False):
+        yield from bench(s, size, beside)
     yield "steps", 60, partial(speeds, s)
-    for method, lr, *equal in TRAINED:
-        yield (" ".join(["run", method, f"{lr:g}", *equal]), 1.3 * s.seconds,
-               partial(trained, s, method, lr, bool(equal)))
+    for lrs in zip(*LRS.values()):
+        for method, lr in zip(LRS, lrs):
+            yield f"run {method} {lr:g}", 1.3 * s.seconds, partial(trained, s, method, lr)
+    for method in "dense", "adamw":
+        yield f"run {method} seconds", 1.3 * s.seconds, partial(trained, s, method, None, seconds=True)
+    yield from bench(s, S, True)
+    for method, (_, other) in ADAM_LRS.items():
+        yield f"run {method} adam_lr", 1.3 * s.seconds, partial(trained, s, method, None, other)
     for size, whole in (L, S), (M, M), (S, L):
         for method in "spectron", "dense":
             yield (f"speed {size} {method} in one piece", FIRST_STEP.get(size, 10) + 10,
                    partial(speed, s, size, method, False, True))
 
 
+def bench(s: Setting, size, beside):
+    for method, together in [("spectron", False), ("dense", False), ("spectron", True)][:2 + beside]:
+        yield (f"speed {size} {method}" + " side by side" * together, 25,
+               partial(speed, s, size, method, together, False))
+
+
 def speed(s: Setting, size, method, beside, whole, lines) -> dict:
     """As in results/bench/gpu.md. A batch that does not fit is halved."""
-    batch, T = s.batch, SIZES[size].seq_len
-    while True:
+    batch, measured = s.batch, None
+    while measured is None:
         try:
-            started = time.perf_counter()
-            trainer = trainer_of(s, f"--size {size} --method {method} --batch_size {batch} "
-                                 f"--tokens_per_step {batch * T}", beside, whole, random=True)
-            trainer.step()
-            synchronize()
-            first = time.perf_counter() - started
-            backward, update = (median(x) for x in in_turn(
-                {"backward": trainer.backward, "update": trainer.update}, 5).values())
-            break
+            measured = timed(s, size, method, beside, whole, batch)
         except torch.OutOfMemoryError:
-            trainer, batch = None, batch // 2
-            free()
-            if not batch:
+            if batch == 1:
                 raise
-    step = PAPER_STEP / (batch * T) * backward + update
+        if measured is None:
+            batch //= 2
+            free()
     return {"size": size, "method": method, "side by side": beside, "in one piece": whole, "batch": batch,
-            "tokens/s": PAPER_STEP / step, "MFU": mfu(PAPER_STEP / step, trainer.model),
-            "optimizer": update / step, "first step": first, "memory": memory()}
+            **measured}
+
+
+def timed(s: Setting, size, method, beside, whole, batch) -> dict:
+    T, started = SIZES[size].seq_len, time.perf_counter()
+    trainer = trainer_of(s, f"--size {size} --method {method} --batch_size {batch} "
+                         f"--tokens_per_step {batch * T}", beside, whole, random=True)
+    trainer.step()
+    synchronize()
+    first = time.perf_counter() - started
+    seconds = in_turn({"backward": trainer.backward, "update": trainer.update}, s.rounds)
+    backward, update = (median(x) for x in seconds.values())
+    step = PAPER_STEP / (batch * T) * backward + update
+    low, _, high = quantiles(seconds["backward"])
+    return {"tokens/s": PAPER_STEP / step, "MFU": mfu(PAPER_STEP / step, trainer.model),
+            "optimizer": update / step, "first step": first, "memory": memory(),
+            "spread": (high - low) / backward}
 
 
 def speeds(s: Setting, lines) -> dict:
     """The seconds of a step of each method at the size that is trained, and how many steps a run has."""
     trainers = {method: trainer_of(s, f"{s.trained} {flags}") for method, flags in METHODS.items()}
     seconds = {method: median(x) for method, x in in_turn(
-        {method: trainer.step for method, trainer in trainers.items()}, 9).items()}
+        {method: trainer.step for method, trainer in trainers.items()}, 3 * s.rounds).items()}
     tokens = trainers["spectron"].c.tokens_per_step
     return {"seconds": seconds, "steps": 10 * max(1, round(s.seconds / seconds["spectron"] / 10)),
             "parameters": {m: sum(p.numel() for p in t.model.parameters()) for m, t in trainers.items()},
             "MFU": {m: mfu(tokens / seconds[m], t.model) for m, t in trainers.items()}}
 
 
-def trained(s: Setting, method, lr, equal, lines) -> dict:
-    """A run of as many tokens as all, or of as many measured seconds as Spectron's has."""
-    steps, seconds = lines["steps"]["steps"], lines["steps"]["seconds"]
-    if equal:
-        steps = round(steps * seconds["spectron"] / seconds[method])
-    trainer = trainer_of(s, f"{s.trained} {METHODS[method]} --lr {lr} --steps {steps}")
+def best_lr(method: str, lines: dict) -> float:
+    """Of the runs that are there; the first where there is none."""
+    found = {lr: lines[name]["val_loss"] for lr in LRS[method] if (name := f"run {method} {lr:g}") in lines}
+    return min(found, key=lambda lr: found[lr] or math.inf, default=LRS[method][0])
+
+
+def trained(s: Setting, method, lr, adam_lr=None, *, seconds=False, lines) -> dict:
+    """A run of as many tokens as all, or of as many measured seconds as Spectron's has; lr None: the best."""
+    lr, adam_lr = lr or best_lr(method, lines), adam_lr or ADAM_LRS[method][0]
+    steps, of = lines["steps"]["steps"], lines["steps"]["seconds"]
+    if seconds:
+        steps = round(steps * of["spectron"] / of[method])
+    trainer = trainer_of(s, f"{s.trained} {METHODS[method]} --lr {lr} --adam_lr {adam_lr} --steps {steps}")
     curve, started = [], None
     for step in range(1, steps + 1):
         trainer.step()
@@ -174,14 +198,14 @@ def trained(s: Setting, method, lr, equal, lines) -> dict:
         if step % max(1, steps // 20) == 0:
             curve.append([step, round(trainer.loss, 4)])
     synchronize()
-    seconds, c = time.perf_counter() - started, trainer.c
+    took, c = time.perf_counter() - started, trainer.c
     held_out = data.open_split(c.data, "val", c.seq_len, c.tokenizer)
     with torch.compiler.set_stance("force_eager"):
         scores = train.validate(trainer.model, held_out, s.eval_tokens, c.batch_size, c.dtype,
                                 data.token_bytes(data.get_tokenizer(c.tokenizer)))
-    return {"method": method, "lr": lr, "adam_lr": c.adam_lr, "equal": "seconds" if equal else "tokens",
+    return {"method": method, "lr": lr, "adam_lr": c.adam_lr, "equal": "seconds" if seconds else "tokens",
             "steps": steps, "tokens": steps * c.tokens_per_step, "done": step,
-            "seconds": seconds * steps / max(1, step - 1),
+            "seconds": took * steps / max(1, step - 1),
             **{key: scores[key] if step == steps else None for key in ("val_loss", "bits_per_byte")},
             "divisor": norms.divisors(trainer.model), "curve": curve, "memory": memory()}
 
@@ -244,7 +268,7 @@ def make(s: Setting, where: Path, minutes: float) -> None:
             torch.compiler.reset()  # the runs share what was compiled
         free()
         begun = time.monotonic()
-        lines[name] = {"name": name, **part(lines), "took": round(time.monotonic() - begun, 1),
+        lines[name] = {"name": name, **part(lines=lines), "took": round(time.monotonic() - begun, 1),
                        **machine.provenance()}
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n" * bool(file.tell() and not path.read_text("utf-8").endswith("\n"))
@@ -267,16 +291,18 @@ def page(lines: dict) -> str:
         rows.append([x["name"].removeprefix("speed "), str(x["batch"]), f"{x['tokens/s']:,.0f}",
                      cell(x["MFU"], ".1%"), cell(x["memory"], ".1f"), f"{x['optimizer']:.2%}",
                      f"{x['first step']:.0f}",
-                     f"{ratio:.3f} of {other.removeprefix('speed ')}" if ratio else ""])
+                     f"{ratio:.2f} of {other.removeprefix('speed ')}" if ratio else "",
+                     f"{x['spread']:.1%}"])
     hardware = next(iter(lines.values()))["hardware"]
     text = (f"# One GPU\n\n{hardware['gpu'] or hardware['cpu']}. `python -m paper.one_gpu`\n\n" + markdown(
         ["compiled block by block where not said", "sequences", "tokens/s", "MFU", "memory (GB)",
-         "optimizers' share", "first step after (s)", "speed, as a multiple"], rows))
-    rows = [[NAMES[x["method"]], f"{x['lr']:g}", x["equal"], f"{x['steps']:,}", f"{x['tokens'] / 1e6:,.1f}M",
+         "optimizers' share", "first step after (s)", "speed, as a multiple",
+         "half of its timings lie within"], rows))
+    rows = [[NAMES[x["method"]], f"{x['lr']:g}", f"{x['adam_lr']:g}", x["equal"], f"{x['steps']:,}", f"{x['tokens'] / 1e6:,.1f}M",
              f"{x['seconds']:.1f}", cell(x["val_loss"], ".4f") or "diverged", cell(x["bits_per_byte"], ".4f"),
              ", ".join(f"{d:.2f}" for d in x["divisor"] or [])] for x in runs]
-    return text + "\n" + markdown(
-        ["method", "lr", "equal", "steps", "tokens", "seconds", "validation loss (nats)", "bits per byte",
+    return text + "\nOne seed: less than 0.03 between two runs means nothing.\n\n" + markdown(
+        ["method", "lr", "adam_lr", "equal", "steps", "tokens", "seconds", "validation loss (nats)", "bits per byte",
          "‖A‖ + ‖B‖ + 1 at the end: smallest, median, largest"], rows)
 
 

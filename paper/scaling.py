@@ -9,6 +9,7 @@ hours and may be stopped.
 """
 
 import itertools
+import statistics
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from paper import draw, isoflop
 from paper.isoflop import (BASE, BUDGETS, CHECKED, CHOICES, GRID, KINDS, PAPER_BUDGETS, TIMES, gaps, kept,
                            noise, papers_design, points_of, rows_of, swept)
 from paper.laws import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles, simulate,
-                        without_each)
+                        without_a_minimum, without_each)
 from paper.laws import isoflop as exponent_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS
@@ -51,16 +52,28 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
         parts += [f"## {KINDS[kind].label}\n", markdown(
             ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there",
              "the optimizer's FLOPs beside them", "sd between seeds (nats)"], minima),
-                  exponents(points[kind], budgets[kind])]
+                  exponents(points[kind], budgets[kind]),
+                  f"In {without_a_minimum(points[kind], budgets[kind]):.0%} of the 400 bootstraps some budget "
+                  "has no minimum, and the parabolas do without it.\n"]
     parts += [f"a, low-rank minus dense: {difference(points, budgets)}.\n",
               "## The best dense model minus the best low-rank one\n", markdown(
         ["FLOPs", "nats per byte", "95% interval"],
         [[f"{C:.2e}", f"{x:+.3f}", f"{a:+.3f} to {b:+.3f}"]
-         for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)])]
+         for C, x, a, b in zip(budgets["spectron"], gap, low, high) if np.isfinite(x)]),
+              same_size(rows)]
     every = {kind: rows_of(kind) for kind in KINDS}
     parts += [adam_lr_tables(every), f"## Other learning rates, at an adam_lr of {BASE:g}\n", markdown(
         ["", "FLOPs", "size", *(f"lr times {x:g}" for x in sorted({1, *TIMES}))], checked(every))]
     return "\n".join(parts)
+
+
+def same_size(rows) -> str:
+    """Who has the lower loss where both kinds have a model of a shape at a budget."""
+    low, dense = ({(r["size"], r["budget"]): r["loss"] for r in rows[kind] if r["seed"] == 0}
+                  for kind in KINDS)
+    above = [low[place] - dense[place] for place in low if place in dense]
+    return (f"At the same shape and FLOPs dense has the lower loss in {sum(x > 0 for x in above)} of "
+            f"{len(above)} pairs (seed 0), by {statistics.median(above):.3f} in the median.\n")
 
 
 def optimizers_share(rows, minimum) -> float:

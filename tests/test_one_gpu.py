@@ -16,7 +16,7 @@ def made(corpus, tmp_path_factory):
     """The directory of a whole tiny run."""
     out = tmp_path_factory.mktemp("one_gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_gpu, "TRAINED", [*one_gpu.TRAINED[:2], one_gpu.TRAINED[4], one_gpu.TRAINED[6]])
+        patch.setattr(one_gpu, "LRS", {method: lrs[:1] for method, lrs in one_gpu.LRS.items()})
         one_gpu.main(["--tiny", "--data", str(corpus), "--out", str(out)])
     return out
 
@@ -44,17 +44,23 @@ def test_a_variant_has_the_loss_and_the_gradients_of_the_model(how):
 
 def test_each_result_is_a_line_and_the_page_has_them_all(made):
     rows = {row["name"]: row for row in lines(made)}
-    assert len(rows) == 9 + 1 + 4 + 6 and [*rows][9] == "steps"
+    assert len(rows) == 5 + 1 + (4 + 2) + 3 + 4 + 6 and [*rows][5] == "steps"
     for name, row in rows.items():
         assert row["hardware"]["cpu"] and row["took"] >= 0 and row.get("tokens/s", 1) > 0
         if name.startswith("run"):
             assert math.isfinite(row["val_loss"]) and row["seconds"] > 0 and len(row["curve"]) >= 5
             assert (row["divisor"] is None) == (row["method"] == "dense")
-    equal, other = rows["run spectron 0.05"], rows["run dense 0.02 seconds"]
-    of = rows["steps"]["seconds"]
-    assert other["steps"] == round(equal["steps"] * of["spectron"] / of["dense"])
+    equal, other, of = rows["run spectron 0.1"], rows["run dense seconds"], rows["steps"]["seconds"]
+    assert other["steps"] == round(equal["steps"] * of["spectron"] / of["dense"]) and other["lr"] == 0.02
+    assert [rows[f"run spectron {x}"]["adam_lr"] for x in ("0.1", "adam_lr")] == [0.003, 0.01]
     page = (made / "table.md").read_text("utf-8")
-    assert page.count("\n| ") == 1 + 15 + 1 + 4 + 2 and "side by side" in page
+    assert page.count("\n| ") == 1 + 14 + 1 + 10 + 2 and "side by side" in page
+
+
+def test_the_best_learning_rate_is_that_of_the_runs_that_are_there():
+    lines = {"run dense 0.02": {"val_loss": 1.5}, "run dense 0.05": {"val_loss": 1.4},
+             "run dense 0.01": {"val_loss": None}, "run dense seconds": {"val_loss": 1.0}}
+    assert one_gpu.best_lr("dense", lines) == 0.05 and one_gpu.best_lr("adamw", lines) == 1e-3
 
 
 def test_it_goes_on_after_a_stop_and_with_a_line_that_was_cut(made, corpus, tmp_path, capsys):
@@ -63,7 +69,7 @@ def test_it_goes_on_after_a_stop_and_with_a_line_that_was_cut(made, corpus, tmp_
     path.write_text(path.read_text("utf-8")[:-40], "utf-8")
     names = [row["name"] for row in lines(made)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_gpu, "TRAINED", one_gpu.TRAINED[:2])
+        patch.setattr(one_gpu, "LRS", {method: lrs[:1] for method, lrs in one_gpu.LRS.items()})
         one_gpu.main(["--tiny", "--data", str(corpus), "--out", str(tmp_path)])
     assert {*one_gpu.read(path)} == {*names} and "To do, in this order" in capsys.readouterr().out
 
