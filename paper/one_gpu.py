@@ -298,12 +298,13 @@ def page(lines: dict) -> str:
         ["compiled block by block where not said", "sequences", "tokens/s", "MFU", "memory (GB)",
          "optimizers' share", "first step after (s)", "speed, as a multiple",
          "half of its timings lie within"], rows))
-    rows = [[NAMES[x["method"]], f"{x['lr']:g}", f"{x['adam_lr']:g}", x["equal"], f"{x['steps']:,}", f"{x['tokens'] / 1e6:,.1f}M",
-             f"{x['seconds']:.1f}", cell(x["val_loss"], ".4f") or "diverged", cell(x["bits_per_byte"], ".4f"),
-             ", ".join(f"{d:.2f}" for d in x["divisor"] or [])] for x in runs]
+    rows = [[NAMES[x["method"]], f"{x['lr']:g}", f"{x['adam_lr']:g}", x["equal"], f"{x['steps']:,}",
+             f"{x['tokens'] / 1e6:,.1f}M", f"{x['seconds']:.1f}", cell(x["val_loss"], ".4f") or "diverged",
+             cell(x["bits_per_byte"], ".4f"), ", ".join(f"{d:.2f}" for d in x["divisor"] or [])]
+            for x in runs]
     return text + "\nOne seed: less than 0.03 between two runs means nothing.\n\n" + markdown(
-        ["method", "lr", "adam_lr", "equal", "steps", "tokens", "seconds", "validation loss (nats)", "bits per byte",
-         "‖A‖ + ‖B‖ + 1 at the end: smallest, median, largest"], rows)
+        ["method", "lr", "adam_lr", "equal", "steps", "tokens", "seconds", "validation loss (nats)",
+         "bits per byte", "‖A‖ + ‖B‖ + 1 at the end: smallest, median, largest"], rows)
 
 
 @command

@@ -85,10 +85,10 @@ def test_the_losses_of_equilibrated_are_the_logs():
 
 
 def test_what_stands_beside_equilibrated_is_the_logs():
-    muon, even, twice = (outcome(name, FIVE) for name in ("orthogonalize", "equilibrated-muon",
+    even, muon, twice = (outcome(name, FIVE) for name in ("equilibrated", "equilibrated-muon",
                                                           "equilibrated-2"))
-    says("docs/EQUILIBRATED.md",
-         f"Muon on the factors has {muon}, equilibrated {even}; `times=2` has {twice}.")
+    says("docs/EQUILIBRATED.md", f"equilibrated Muon on the factors) ends at {muon}, "
+         f"{change(even, muon)[1:]} below equilibrated Spectron, and `times=2` at {twice}.")
     found = {}
     for name, lr, value, own in ADAM_LRS:
         found.setdefault(name, {})[value] = log_of(Run(own, lr), NANO).final_loss
@@ -200,7 +200,8 @@ def test_what_paper_md_says_of_nano_is_the_logs():
     tuned, one = (re.search(rf"^\| {adam_lr} \| (\S+) \| (\S+) ", fits, re.M).groups()
                   for adam_lr in ("the best of each size", "0.003 for all"))
     low, dense = (float(b) - float(a) for a, b in zip(tuned, one))
-    says("docs/PAPER.md", f"raises the exponents by {low:.2f} (low-rank) and {dense:.2f} (dense)")
+    says("docs/PAPER.md", "an [`adam_lr` of 0.003 for all]",
+         f"raises the exponents by {low:.2f} (low-rank) and {dense:.2f} (dense)")
 
 
 def test_every_other_number_of_these_pages_is_given():

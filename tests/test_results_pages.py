@@ -6,6 +6,8 @@ import statistics
 
 from conftest import ROOT
 from paper import geometry, logs
+from paper.experiments import outcome
+from paper.runs import scale_of
 from test_numbers import hold
 
 MINUS = "−"
@@ -30,6 +32,7 @@ def test_scaling_says_what_its_tables_say():
     assert len(swept) == 56 and statistics.mode(best) == 3
     page = (ROOT / "results/isoflop/table.md").read_text("utf-8")
     differences = re.search(r"minus dense: (.*) \((.*)\) by parabolas, (.*) \((.*)\) by the parametric", page)
+    same_flops = [outcome(name, scale_of("nano")).logs[0] for name in ("dense-flops", "spectron")]
     passages = []
     for low, dense, (budget, gap, interval) in zip(low_optima, dense_optima, gaps):
         sizes = (f"{float(row[3][:-1].replace(',', '')):.0f}k" for row in (low, dense))
@@ -38,8 +41,11 @@ def test_scaling_says_what_its_tables_say():
     values = [-float(gap) for _, gap, _ in gaps]
     passages += [
         ("by {:.2f} to {:.2f} nats per byte", min(values), max(values)),
-        ("is {} ({}) by parabolas and {} ({}) by the law",
+        ("Low-rank minus dense is {} ({}) by parabolas and {} ({}) by the law",
          *(x.replace("-", MINUS) for x in differences.groups())),
+        ("(an interval reaches {})", exponents["parametric law"][0][2].split(" to ")[1]),
+        ("in {} of {} pairs (one seed)", *re.search(r"loss in (\d+) of (\d+) pairs \(seed 0", page).groups()),
+        ("dense has {} steps, Spectron {}", *(log.steps[-1]["step"] for log in same_flops)),
         ("the exponents are {:.2f} and {:.2f}, near the paper's, and the gap is {:.2f} to {:.2f}",
          *map(float, all_0003[:2]), *extremes(all_0003[2:])),
         ("values are {} to {}, mostly 0.03", grid[min(best)], grid[max(best)]),
@@ -56,8 +62,7 @@ def test_scaling_says_what_its_tables_say():
          *(x for found in (low_optima, dense_optima) for x in span(row[6] for row in found))),
         ("deviation of {} by parabolas and {} by the law", *(x.split(" ± ")[1] for x in spread[1:]))],
         ("0.479, 0.455", "With nano's 0.003", "So 0.479 and Chinchilla's 0.49 cannot", "95% intervals",
-         "momentum 0.9, not nano's 4, 4,096 and 0.7:", "rank ratio 0.25", "0.037 (Spectron) or 0.0145 (Muon)",
-         "tried at `adam_lr` 0.003, are better",
+         "rank ratio 0.25", "0.037 (Spectron) or 0.0145 (Muon)", "tried at `adam_lr` 0.003, are better",
          "by 0.010 nats at most", "is 0.003, 0.01 and 0.03 at", "it is 0.003, 0.03 and 0.1.",
          "With 0.03 for all", "it is 0.9 for both, and at nano 0.7", "noise 0.01 nats"))
 
