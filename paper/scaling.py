@@ -53,8 +53,8 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
             ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there",
              "the optimizer's FLOPs beside them", "sd between seeds (nats)"], minima),
                   exponents(points[kind], budgets[kind]),
-                  f"In {without_a_minimum(points[kind], budgets[kind]):.0%} of the 400 bootstraps some budget "
-                  "has no minimum, and the parabolas do without it.\n"]
+                  f"In {without_a_minimum(points[kind], budgets[kind]):.0%} of the 400 bootstraps some "
+                  "budget has no minimum, and the parabolas do without it.\n"]
     parts += [f"a, low-rank minus dense: {difference(points, budgets)}.\n",
               "## The best dense model minus the best low-rank one\n", markdown(
         ["FLOPs", "nats per byte", "95% interval"],
