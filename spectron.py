@@ -17,7 +17,7 @@ unit = partial(torch.nn.functional.normalize, dim=-1, eps=torch.finfo(torch.floa
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     """Algorithm 2: G = U S V^T (..., p, q) becomes roughly U V^T. Singular values above 0.01 of the Frobenius
-    norm come out in [0.67, 1.14], smaller ones in [0, 1.21], for entries between 1e-20 and 1e18 in size."""
+    norm come out in [0.67, 1.14], smaller ones in [0, 1.21], if that norm is between 1e-18 and 1e19."""
     a, b, c = 3.4445, -4.7750, 2.0315  # a steep start at zero; in return values land near 1, not on it
     norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     X = G / (norm + 1e-7 * norm.clamp_max(1)).clamp_min(1e-19)  # the paper's 1e-7, relative for a small G
