@@ -76,7 +76,8 @@ class Spectron(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}  # pairs of one shape are one batch: attention; gate and up; down
             for index, (A, B) in enumerate(zip(group["params"][::2], group["params"][1::2])):
-                self.init_state(A, B, seed=index)
+                if not self.state[A]:
+                    self.init_state(A, B, seed=index)
                 moves = A.grad is not None and B.grad is not None
                 if moves:
                     alike.setdefault((A.shape, B.shape, A.dtype, A.device), []).append((A, B))
@@ -129,7 +130,6 @@ class Spectron(torch.optim.Optimizer):
     def init_state(self, A, B, seed):
         generator = torch.Generator().manual_seed(seed)  # the same u on every rank
         for p in A, B:
-            if not self.state[p]:
-                u = torch.randn(p.size(0), generator=generator, device="cpu").to(p)
-                _, u = power_iteration(p, u, steps=20)  # one step from a random u would leave sigma too low
-                self.state[p].update(momentum_buffer=torch.zeros_like(p), u=u)
+            u = torch.randn(p.size(0), generator=generator, device="cpu").to(p)
+            _, u = power_iteration(p, u, steps=20)  # one step from a random u would leave sigma too low
+            self.state[p].update(momentum_buffer=torch.zeros_like(p), u=u)

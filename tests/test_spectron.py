@@ -280,6 +280,20 @@ def test_state_dict_round_trip_goes_on_exactly():
     assert all(torch.equal(p, q) for p, q in zip(sum(second, ()), sum(whole, ())))
 
 
+def test_the_state_of_a_pair_is_made_once_also_of_one_that_comes_later(monkeypatch):
+    made, init_state = [], Spectron.init_state
+    monkeypatch.setattr(Spectron, "init_state",
+                        lambda self, A, B, seed: made.append(seed) or init_state(self, A, B, seed))
+    optimizer = Spectron([random_pair(20, 12, 4), random_pair(8, 8, 2)], lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+    assert made == [0, 1]
+    optimizer.add_param_group({"params": [random_pair(8, 8, 2)]})
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert made == [0, 1, 0]
+
+
 def test_an_lr_scheduler_sets_the_radius():
     A, B = random_pair(20, 12, 4)
     optimizer = Spectron([(A, B)], lr=0.4)
