@@ -125,7 +125,7 @@ FLAGS_BY_TOPIC = {
         "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
         "stop_at": (positive, None, "save and end after this step, on the schedule of --steps"),
         "tokens_per_step": (number(int, 1, 2**40), 2**20, "the batch, over all ranks and micro-steps"),
-        "batch_size": (positive, None, "sequences per device and micro-step: changes memory, not the result"),
+        "batch_size": (positive, None, "sequences per micro-step, for memory alone: CUDA 8, else 1; nano 16"),
         "seq_len": (number(int, 1, 2**20 + 1), None, "tokens per sequence: 2,048; nano 256"),
         "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
         "data": (str, "data/fineweb", "directory of token shards"),
@@ -181,7 +181,7 @@ def new_run(given: dict, device: str) -> SimpleNamespace:
     for name, default in {
             "steps": steps, "seq_len": size.seq_len,
             **method.learning_rates(c.size, method.tuned_for(c)),
-            "batch_size": 16 if nano or device == "cuda" else 1,
+            "batch_size": 16 if nano else 8 if device == "cuda" else 1,
             "dtype": "bfloat16" if native_bf16(device) else "float32",
             "compile": device == "cuda" and not nano and method.compiles,
             "eval_every": max(1, steps // (5 if nano else 10)), "save_every": max(1, steps // 10),

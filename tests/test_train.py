@@ -306,6 +306,12 @@ def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, mon
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("size, device, expected", [("L", "cuda", 8), ("L", "cpu", 1), ("nano", "cuda", 16)])
+def test_the_default_batch_size_is_one_that_fits_into_memory(size, device, expected):
+    c = train.resolve(train.parse(["--size", size, "--device", device, "--dry_run"]))
+    assert c.batch_size == expected and c.micro_steps * expected * c.seq_len == c.tokens_per_step
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
 def test_cuda_that_is_not_there_is_said(fails):
     fails(train.main, ["--device", "cuda"], "--device cuda", "--device cpu")
