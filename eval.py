@@ -229,7 +229,7 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=positive, default=8,
                         help="sequences of the perplexity at a time: memory only (8)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="(the run's)")
-    parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
+    parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(cuda if there is one, else cpu)")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     parser.add_argument("--items", type=Path, help="also write a JSON line for each item to this file")
     args = parser.parse_args(argv)

@@ -130,7 +130,7 @@ FLAGS_BY_TOPIC = {
         "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
         "data": (str, "data/fineweb", "directory of token shards"),
         "out": (str, None, "directory of the run: the next free out/<size>-<method>-NN"),
-        "device": (["cuda", "cpu", "mps"], None, "the first that is there"),
+        "device": (["cuda", "cpu", "mps"], None, "cuda if there is one, else cpu"),
         "dtype": (["bfloat16", "float32"], None, "bfloat16, where hardware has it, is autocast over fp32"),
         "compile": (bool, None, "torch.compile: on for CUDA from size 60M up"),
     },

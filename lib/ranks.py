@@ -11,8 +11,9 @@ from lib.cli import UserError, rank_and_ranks
 
 
 def choose_device(device: str | None = None) -> str:
-    """The device asked for, or the first that is there. UserError if there is none of that kind."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device asked for; without that cuda if there is one, else the CPU: mps is untested, so that it has
+    to be asked for. UserError if there is none of that kind."""
+    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     found = [name for name in there if there[name]]
     if device and device not in found:
         raise UserError(f"--device {device}: torch {torch.__version__} finds none here. There is: --device "

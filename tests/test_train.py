@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_STEPS, TINY
 from launch import FLOAT64, train_on
 from lib.methods import assert_assigned, flops_per_token, split_parameters
 from lib.optimizers import Muon
+from lib.ranks import choose_device
 from model import Llama, LlamaConfig
 from spectron import Spectron
 from tools import plot, prepare, sample
@@ -310,6 +311,12 @@ def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, mon
 def test_the_default_batch_size_is_one_that_fits_into_memory(size, device, expected):
     c = train.resolve(train.parse(["--size", size, "--device", device, "--dry_run"]))
     assert c.batch_size == expected and c.micro_steps * expected * c.seq_len == c.tokens_per_step
+
+
+def test_mps_which_is_untested_has_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (choose_device(), choose_device("mps")) == ("cpu", "mps")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")

@@ -131,7 +131,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=1,
                         help="of the first text; the next has seed + 1 (1)")
     parser.add_argument("-n", type=positive, default=1, help="texts to draw; the first is streamed (1)")
-    parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help="(the first that is there)")
+    parser.add_argument("--device", choices=["cuda", "cpu", "mps"],
+                        help="(cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of weights and cache (float32)")
     args = parser.parse_args(argv)
