@@ -125,13 +125,14 @@ FLAGS_BY_TOPIC = {
         "steps": (positive, None, "optimizer steps: at the paper's sizes 20 tokens per parameter"),
         "stop_at": (positive, None, "save and end after this step, on the schedule of --steps"),
         "tokens_per_step": (number(int, 1, 2**40), 2**20, "the batch, over all ranks and micro-steps"),
-        "batch_size": (positive, None, "sequences per micro-step, for memory alone: CUDA 8, else 1; nano 16"),
+        "batch_size": (positive, None, "sequences per device at a time, memory only: cuda 8, cpu 1; nano 16"),
         "seq_len": (number(int, 1, 2**20 + 1), None, "tokens per sequence: 2,048; nano 256"),
         "seed": (number(int, 0, 2**63), 0, "of the initial weights and the order of the data"),
         "data": (str, "data/fineweb", "directory of token shards"),
         "out": (str, None, "directory of the run: the next free out/<size>-<method>-NN"),
         "device": (["cuda", "cpu", "mps"], None, "cuda if there is one, else cpu"),
-        "dtype": (["bfloat16", "float32"], None, "bfloat16, where hardware has it, is autocast over fp32"),
+        "dtype": (["bfloat16", "float32"], None,
+                  "bfloat16 (autocast over float32 weights) where hardware has it, else float32"),
         "compile": (bool, None, "torch.compile: on for CUDA from size 60M up"),
     },
     "what is recorded": {
@@ -139,7 +140,7 @@ FLAGS_BY_TOPIC = {
         "eval_tokens": (positive, 10 * 2**20, "validation tokens at most, during training"),
         "final_eval_tokens": (positive, 100_000_000, "validation tokens at most, after the last step"),
         "save_every": (positive, None, "steps between checkpoints: a tenth of --steps"),
-        "keep_every": (positive, None, "steps between checkpoints that stay, as ckpt-000100.pt: none does"),
+        "keep_every": (positive, None, "also keep a checkpoint every so many steps: ckpt-000100.pt (none)"),
         "spectra_every": (positive, 10, "steps between logged steps, each with the norms of one matrix"),
         "spectra_of": (str, None, "that matrix, e.g. blocks.0.ffn.down_proj: o_proj of the middle block"),
         "on_nonfinite": (["stop", "record"], "stop", "on a non-finite gradient: end with an error, or\n"
@@ -158,10 +159,8 @@ def parse(argv) -> dict:
 def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNamespace:
     """Every setting of a run. What is not given comes from `saved`, the settings of the run that goes on, or
     from the defaults. UserError where settings do not go together."""
-    if "dry_run" in given and "device" in given:
-        device = given["device"]  # this machine need not have it
-    else:
-        device = choose_device(given.get("device"))
+    # The machine of a dry run need not have the device.
+    device = given["device"] if {"dry_run", "device"} <= given.keys() else choose_device(given.get("device"))
     given = {name: value for name, value in given.items() if name in FLAGS}
     c = flags.resumed(given, saved, FLAGS, device) if saved else new_run(given, device)
     flags.check_compiler(c)
