@@ -80,7 +80,7 @@ def reading(name: str, kind) -> dict:
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(kind, list):
         return {"type": type(kind[0]), "choices": kind, "metavar": METAVARS.get(name)}
-    more = {"nargs": "+"} if kind is key_and_value else {}
+    more = {"nargs": "+", "action": "extend"} if kind is key_and_value else {}
     return {"type": kind, "metavar": METAVARS.get(name, "X"), **more}
 
 

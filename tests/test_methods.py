@@ -173,6 +173,11 @@ def test_wrong_methods_and_arguments_are_refused(fails, flags, fragments):
     fails(train.main, [*flags, "--dry_run"], *fragments)
 
 
+def test_method_args_given_twice_add_up():
+    assert train.parse(["--method_args", "a=1", "b=2", "--method_args", "c=3", "b=x"])["method_args"] == {
+        "a": 1, "b": "x", "c": 3}
+
+
 @pytest.mark.parametrize("name, code", [
     ("my-method", "def method(): pass"), ("mymethod", "x = 1"), ("other", "import not_installed"),
     ("fourth", "def method(rank): pass")])
