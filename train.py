@@ -163,7 +163,7 @@ def resolve(given: dict, ranks: int = 1, saved: dict | None = None) -> SimpleNam
     device = given["device"] if {"dry_run", "device"} <= given.keys() else choose_device(given.get("device"))
     given = {name: value for name, value in given.items() if name in FLAGS}
     c = flags.resumed(given, saved, FLAGS, device) if saved else new_run(given, device)
-    flags.check_compiler(c)
+    flags.check_compiler(c, find_method(c.method, c.method_args))
     flags.split_batch(c, "batch_size" in given, ranks)  # sets c.micro_steps
     return c
 

@@ -172,12 +172,12 @@ def check(given: dict, c, method, core: dict) -> None:
         raise UserError(f"{word} does not apply to --method {c.method}"
                         + (f"; it is a flag of --method {' or '.join(others)}" if others else
                            ", which has none: leave it out"))
+
+
+def check_compiler(c, method) -> None:
     if c.compile and not method.compiles:
         raise UserError(f"--compile does not go with --method {c.method}, whose forward pass changes from "
                         "step to step: leave it out")
-
-
-def check_compiler(c) -> None:
     if c.compile and not any(shutil.which(x) for x in (os.environ.get("CXX") or "g++", "clang++", "cl")):
         raise UserError("--compile needs a C++ compiler, and the path has none: install g++, or --no-compile")
 

@@ -193,8 +193,9 @@ def test_an_underscore_is_as_good_as_a_dash(run):
     assert saved(run("--method", "self_guided", "--steps", 1))["config"]["method"] == "self-guided"
 
 
-def test_resume_refuses_other_arguments(run, fails):
+def test_resume_refuses_other_arguments_and_to_compile_what_changes(run, fails):
     out = run(*GUIDED, "--steps", 4, "--stop_at", 1, "--method_args", "init=dense")
+    fails(train.main, ["--resume", "--out", out, "--compile"], "--compile", "--method self-guided")
     fails(train.main, ["--resume", "--out", out, "--method_args", "init=product"], "method_args", "init")
 
 
