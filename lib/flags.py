@@ -33,7 +33,10 @@ SYNONYMS = {word: answer for words, answer in {
     "rank r": "--rank_ratio, the rank over the input width of each matrix",
     "context context_length block_size sequence_length max_seq_len": "--seq_len",
     "dataset data_dir data_path": "--data", "output output_dir out_dir save_dir": "--out",
+    "gradient_accumulation_steps grad_accum": "decided by --tokens_per_step, the batch, and --batch_size, "
+                                              "what is in memory at a time",
     "eval_interval": "--eval_every", "save_interval ckpt_every": "--save_every",
+    "log_every log_interval logging_steps": "--spectra_every",
     "warmup warmup_steps scheduler": "fixed: 5% of the steps, and then a cosine towards zero",
     "grad_clip clip max_grad_norm": "fixed: a norm of 1",
 }.items() for word in words.split()}

@@ -291,6 +291,8 @@ def test_a_run_that_diverges_at_its_end_still_ends_with_its_results(run, capsys)
     (["--learning-rate=0.1"], ["--learning-rate; here it is --lr"]),
     (["--optimizer", "adamw"], ["here it is --method"]), (["--epochs", "3"], ["here it is --steps"]),
     (["--max_steps", "3"], ["here it is --steps"]), (["--iters", "3"], ["here it is --steps"]),
+    (["--log_every", "5"], ["it is --spectra_every"]), (["--logging_steps", "5"], ["it is --spectra_every"]),
+    (["--grad_accum", "4"], ["--tokens_per_step", "--batch_size"]),
     (["--bs", "3"], ["--batch_size", "--tokens_per_step"]), (["--wd", "0.1"], ["it is --weight_decay"]),
     (["--width", "64"], ["--size nano-2x64"]), (["--rank", "64"], ["--rank_ratio", "input width"]),
     (["--method", "muon"], ["--method muon: no such method", "Muon on dense weights is --method dense",
