@@ -33,7 +33,7 @@ def replacing(path, mode: str = "wb"):
     except BaseException as error:
         part.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save says RuntimeError
-        if isinstance(cause, OSError) and cause.filename is None:
+        if isinstance(cause, OSError) and cause.filename in (None, str(part)):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 

@@ -102,6 +102,13 @@ def test_a_file_is_replaced_when_it_is_whole_also_behind_a_link_and_a_device_is_
     assert capfd.readouterr().out == "said"
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "no" / "fig.png"
+    with pytest.raises(FileNotFoundError) as caught, replacing(path):
+        pytest.fail("was opened")
+    assert caught.value.filename == str(path)
+
+
 def test_no_message_proposes_to_delete_and_paths_to_type_are_quoted(tmp_path, monkeypatch):
     """A directory with somebody's texts, nanoGPT's headerless train.bin, `.`, a name with a space."""
     texts = tmp_path / "my texts; rm -r x"
