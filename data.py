@@ -138,14 +138,17 @@ def read_meta(directory: Path) -> dict:
 
 def how_to_build(directory: Path, tokenizer: str = "gpt2") -> str:
     """The command that makes such shards. It never removes anything that the user may have put there."""
-    out = shlex.quote(str(directory))
-    if "fineweb" in directory.name:
-        return f"Fetch it: python -m tools.download fineweb --out {out}"
-    if directory.is_dir():
+    out, files = shlex.quote(str(directory)), "FILE..."
+    if directory.is_file():  # a text where a directory was to be named
+        out, files = "NEW_DIRECTORY", out
+    elif "fineweb" in directory.name:
+        corpus = " --corpus fineweb100B" * ("100B" in directory.name)
+        return f"Fetch it: python -m tools.download fineweb{corpus} --out {out}"
+    elif directory.is_dir():
         out = "NEW_DIRECTORY"
         if (directory / "meta.json").is_file():
             tokenizer = read_meta(directory)["tokenizer"]
-    make = "stdlib" if directory.name == "stdlib" else f"text FILE... --tokenizer {tokenizer}"
+    make = "stdlib" if directory.name == "stdlib" else f"text {files} --tokenizer {tokenizer}"
     return f"Make shards: python -m tools.prepare {make} --out {out}"
 
 
@@ -203,8 +206,8 @@ def open_split(directory, split: str, seq_len: int, tokenizer: str) -> Split:
     """The "train" or "val" split of a directory of shards. UserError unless this tokenizer made them."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"no data in {directory}: there is no such directory. Name another with --data. "
-                        f"{how_to_build(directory, tokenizer)}")
+        raise UserError(f"no data: {directory} is {'a file' if directory.is_file() else 'not there'}. "
+                        f"Name a directory with --data. {how_to_build(directory, tokenizer)}")
     opened, made_with = Split(directory, split, seq_len, tokenizer), read_meta(directory)["tokenizer"]
     if made_with != tokenizer:
         raise UserError(f"{directory} was made with tokenizer {made_with!r}, and {tokenizer!r} is needed: "

@@ -71,9 +71,13 @@ def test_a_token_beyond_the_vocabulary_is_refused_where_it_is_read(tmp_path):
 def test_missing_and_empty_data_name_the_command_that_builds_it(tmp_path):
     for name, command in [("stdlib", "python -m tools.prepare stdlib --out"),
                           ("fineweb", "python -m tools.download fineweb"),
+                          ("fineweb100B", "tools.download fineweb --corpus fineweb100B --out"),
                           ("mine", "python -m tools.prepare text FILE... --tokenizer bytes")]:
         with pytest.raises(UserError, match=command):
             open_data(tmp_path / name, 16)
+    (tmp_path / "fineweb.txt").write_text("some text")
+    with pytest.raises(UserError, match="is a file.* .*fineweb.txt --tokenizer bytes --out NEW_DIRECTORY"):
+        open_data(tmp_path / "fineweb.txt", 16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="train"):
         open_data(tmp_path / "empty", 16)
