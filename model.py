@@ -116,9 +116,12 @@ class FactorizedLinear(nn.Module):
 def factorize_(module: nn.Module, rank_ratio: float, skip=()) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Replace every nn.Linear inside any module, in place, from its own weights, but for the names in `skip`.
     Biases stay, and frozen layers stay frozen. Returns the (A, B) pairs for Spectron. ValueError, nothing
-    replaced, where a layer cannot be; a warning for other kinds of linear layers, which stay dense."""
+    replaced, where a layer cannot be, or `skip` names none; a warning for other kinds, which stay dense."""
     layers = {name: layer for name, layer in module.named_modules(remove_duplicate=False)
-              if type(layer) is nn.Linear and name not in skip}
+              if type(layer) is nn.Linear}
+    for name in {skip} if isinstance(skip, str) else set(skip):
+        if not layers.pop(name, None):
+            raise ValueError(f"skip: no nn.Linear of {type(module).__name__} is {name!r}: see named_modules")
     kinds = sorted({type(layer).__name__ for layer in module.modules() if type(layer) is not nn.Linear
                     and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")})
     if not layers or "" in layers:
@@ -210,13 +213,10 @@ class Llama(nn.Module):
         super().__init__()
         if config.dim % (2 * config.n_heads):
             raise ValueError(f"dim {config.dim} does not divide into {config.n_heads} heads of even width")
-        self.config = config
+        self.config, dense = config, partial(nn.Linear, bias=False)
 
         def factorized(n, m):
             return linear(n, m, rank_of(config.rank_ratio, n, m))
-
-        def dense(n, m):
-            return nn.Linear(n, m, bias=False)
 
         ffn_linear = dense if config.rank_ratio is None else factorized
         attention_linear = ffn_linear if config.factorize == "all" else dense

@@ -275,6 +275,15 @@ def test_factorize_keeps_shared_layers_shared_and_refuses_tied_weights():
             and half(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("skip, unknown", [(["haed"], "haed"), ("head", "head"), (["2", "0.1"], "0.1")])
+def test_a_name_to_skip_that_is_no_layer_is_refused_and_a_single_one_needs_no_list(skip, unknown):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), *(nn.Linear(8, 8) for _ in range(8)))
+    with pytest.raises(ValueError, match=f"no nn.Linear of Sequential is '{unknown}'"):
+        factorize_(model, 0.5, skip=skip)
+    assert not any(isinstance(layer, FactorizedLinear) for layer in model)
+    assert len(factorize_(model, 0.5, skip="10")) == 9 and type(model[10]) is nn.Linear
+
+
 def test_parameters_split_into_factors_dense_matrices_and_the_rest():
     for change, n_pairs, n_dense in [({}, 14, 0), ({"factorize": "ffn"}, 6, 8),
                                      ({"rank_ratio": None}, 0, 14)]:
