@@ -257,7 +257,7 @@ def update(optimizers, fraction: float) -> None:
 
 @command
 def main(argv=None):
-    """Check everything that can be wrong before anything is allocated or written; then train."""
+    """Check all that can be wrong before the ranks join and anything is allocated or written; then train."""
     argv = sys.argv[1:] if argv is None else argv
     given, (rank, ranks) = parse(argv), rank_and_ranks()
     saved = checkpoints.find(given)  # the checkpoint to go on from, or None
@@ -275,8 +275,9 @@ def main(argv=None):
     if not saved:
         check_directory(c.out, given)
 
+    corpus = c.data != NANO["data"] and prepare.open_corpus(c, NANO["data"])
     join_ranks(c.device)
-    corpus = prepare.open_corpus(c, NANO["data"])
+    corpus = corpus or prepare.open_corpus(c, NANO["data"])  # which rank 0 makes while the others wait
     header = {"argv": argv, "ranks": ranks, **machine.provenance()}  # how to make this run again
     step = saved["step"] if saved else 0
     with signals_caught() as caught, run_directory(c, given, step, header) as log:

@@ -124,7 +124,7 @@ def command(main):
                 silence(sys.stdout)
                 raise SystemExit(141) from None
             except (UserError, OSError) as error:
-                # Before the ranks of torchrun have joined, all find the same mistake: rank 0 tells it.
+                # Before the ranks of torchrun have joined, all find the same mistake: one of them tells it.
                 if is_first() or torch.distributed.is_initialized():
                     say(f"error: {error}", to="stderr")
                 raise SystemExit(2) from None
@@ -160,9 +160,10 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, or one that cannot tell."""
+    """Whether this is rank 0, the first of another machine, where other files may be missing, or one that
+    cannot tell."""
     try:
-        return rank_and_ranks()[0] == 0
+        return rank_and_ranks()[0] == 0 or os.environ["LOCAL_RANK"] == "0"
     except UserError:
         return True
 

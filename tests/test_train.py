@@ -15,7 +15,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, SMALL_STEPS, TINY
-from launch import FLOAT64, train_on
+from launch import FLOAT64, ranks_of, train_on
 from lib.methods import assert_assigned, flops_per_token, split_parameters
 from lib.optimizers import Muon
 from lib.ranks import choose_device
@@ -313,6 +313,12 @@ def test_misuse_gets_one_message_before_anything_is_written(fails, tmp_path, mon
 def test_the_default_batch_size_is_one_that_fits_into_memory(size, device, expected):
     c = train.resolve(train.parse(["--size", size, "--device", device, "--dry_run"]))
     assert c.batch_size == expected and c.micro_steps * expected * c.seq_len == c.tokens_per_step
+
+
+def test_two_ranks_without_data_say_so_once(tmp_path):
+    ranks = ranks_of(2, "import sys, train\ntrain.main(sys.argv[1:])", [*TINY, "--data", "nowhere"], tmp_path)
+    said = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2] and "nowhere" in said[0] and not said[1]
 
 
 def test_mps_which_is_untested_has_to_be_asked_for(monkeypatch):
