@@ -112,6 +112,12 @@ def test_log_and_end_say_on_how_many_tokens_the_validations_are(run, capsys):
     assert f"val_tokens: {all_of_it}\n" in capsys.readouterr().out
 
 
+def test_the_time_left_is_that_until_stop_at(run, capsys):
+    run("--steps", 10**6, "--stop_at", 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and lines[-1].endswith(" 0:00:00 left")
+
+
 def test_the_logged_norms_are_those_of_the_products(run):
     """From the weights before and after the last step, formed in full."""
     out = run("--steps", 6, "--stop_at", 5, "--spectra_of", "blocks.0.ffn.up_proj", "--weight_decay", 0.1)

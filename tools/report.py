@@ -46,7 +46,7 @@ class Journal:
         self.line = (
             f"step {step:>6}/{c.steps}  loss {column(finite(loss))}  val {column(val_loss)}  "
             f"lr {norms['lr']:.2e}  {self.gauge} {column(norms['gauge'])}  {speed:>9,.0f} tok/s  {mfu}"
-            f"{hours((c.steps - step) * c.tokens_per_step / speed)} left")
+            f"{hours((min(c.steps, c.stop_at or c.steps) - step) * c.tokens_per_step / speed)} left")
 
     def show(self) -> None:
         """Prints the line of the step. It comes after the log and the checkpoint: a terminal may hang."""
