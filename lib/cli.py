@@ -44,7 +44,7 @@ def number(kind=float, least=0, below: float = float("inf")):
     """For add_argument(type=...): an int or a float, whichever `kind` is, of at least `least`."""
     expected = f"a {'whole number' if kind is int else 'number'} of at least {least}"
     if below < float("inf"):
-        expected += f", below {below:g}"
+        expected += f", below {below:,}"
 
     def parse(text: str):
         try:

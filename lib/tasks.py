@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.cli import UserError
 
 PIQA_LABELS = "valid-labels.lst"
-FETCH = "Fetch the files again: python -m tools.download evals; or name a directory of yours: --eval_dir DIR"
+FETCH = "Fetch the files: python -m tools.download evals; or name a directory of yours: --eval_dir DIR"
 
 
 @dataclass(frozen=True)

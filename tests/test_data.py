@@ -259,6 +259,11 @@ def test_positive_and_number_read_what_they_say(text, good):
                 read(text)
 
 
+def test_a_large_limit_is_said_in_digits():
+    with pytest.raises(argparse.ArgumentTypeError, match="'0' has to be a whole number .* below 1,048,577"):
+        number(int, 1, 2**20 + 1)("0")
+
+
 @pytest.mark.parametrize("error, code, said", [
     (UserError("mistake"), 2, "error: mistake"), (OSError(28, "No space left", "/x/y"), 2, "/x/y"),
     (KeyboardInterrupt(), 130, "")])
