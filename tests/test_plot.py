@@ -7,8 +7,8 @@ import pytest
 from tools import plot
 
 CONFIG = {"size": "nano", "method": "spectron", "lr": 0.1, "renormalize": True, "nesterov": True,
-          "eval_every": 5, "save_every": 5, "batch_size": 16, "spectra_of": "blocks.0.attention.o_proj",
-          "out": "out/x"}
+          "eval_every": 5, "save_every": 5, "keep_every": 4, "batch_size": 16,
+          "spectra_of": "blocks.0.attention.o_proj", "out": "out/x"}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def labels(*runs):
 
 
 def test_a_label_is_what_differs_and_what_does_not_matter_is_left_out(made):
-    a, b = made("a", lr=0.1), made("b", lr=0.2, eval_every=1, save_every=1, batch_size=4)
+    a, b = made("a", lr=0.1), made("b", lr=0.2, eval_every=1, save_every=1, keep_every=2, batch_size=4)
     c = made("c", renormalize=False)
     assert labels(a, b) == ["lr 0.1", "lr 0.2"] and labels(a, c) == ["spectron", "no renormalize"]
     assert labels(a) == ["spectron"]

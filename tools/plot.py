@@ -23,7 +23,8 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000"]  # Okabe and Ito, colour-blind-safe
 # Settings that do not change what a run learns, or say the same as another setting
 UNTOLD = {"out", "data_tokens", "model", "stop_at", "micro_steps", "device", "compile", "batch_size",
-          "eval_every", "eval_tokens", "final_eval_tokens", "save_every", "spectra_every", "on_nonfinite"}
+          "eval_every", "eval_tokens", "final_eval_tokens", "save_every", "keep_every", "spectra_every",
+          "on_nonfinite"}
 ON = {"orthogonalize", "renormalize", "nesterov"}
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
