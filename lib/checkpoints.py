@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> dict:
         whole = size - len(SEAL) - 4
         sealed = whole > 0 and seal(file, whole) == file.read()
         file.seek(max(0, size - ZIP_END_BYTES))
-        # Saved by an older version, or by hand, it has no seal.
+        # One that somebody has changed and saved by hand has no seal.
         if not sealed and (file.read(4) != ZIP_END or zipfile.ZipFile(path).testzip()):
             raise ValueError("its CRC is wrong")
     # weights_only: a stranger's checkpoint cannot run code.
@@ -105,9 +105,6 @@ def read_checkpoint(path: Path) -> dict:
                - checkpoint["config"].keys())
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    times = checkpoint["config"].pop("equilibrate", 0)  # once a flag of the method spectron
-    if times:
-        checkpoint["config"] |= {"method": "equilibrated", "method_args": {"times": times}}
     return checkpoint
 
 

@@ -15,13 +15,12 @@ MAY_CHANGE = {"batch_size", "device", "compile", "eval_every", "save_every", "ke
               "out", "stop_at", "on_nonfinite", "data"}  # at --resume
 METAVARS = {"size": "SIZE", "method": "NAME", "method_args": "KEY=VALUE", "data": "DIR", "out": "DIR",
             "spectra_of": "NAME"}  # others are X, or their choices
-MOVED = {"--equilibrate": "it is a method now: --method equilibrated, or --method equilibrated --method_args "
-                          "times=2 in place of --equilibrate 2"}
 # What other programs call a flag, and what it is here
 SYNONYMS = {word: answer for words, answer in {
     "learning_rate peak_lr max_lr base_lr": "--lr",
     "embedding_lr embed_lr head_lr": "--adam_lr",
     "optimizer optim opt algorithm": "--method",
+    "equilibrate": "--method equilibrated",  # in the commands of some of results/runs
     "max_steps num_steps total_steps train_steps iters iterations max_iters num_iterations": "--steps",
     "epochs num_epochs num_train_epochs": "--steps; a run begins by saying how many epochs they are",
     "bs micro_batch_size device_batch_size": "--batch_size for what is in memory at a time, and "
@@ -47,9 +46,6 @@ SYNONYMS = {word: answer for words, answer in {
 def parse(doc: str, groups: dict, nano: dict, argv) -> dict:
     """The flags that were given, and only those. groups: title -> {flag: (kind, default, help)}; nano has the
     defaults that differ at nano's sizes, which the help names."""
-    for word in argv:
-        if word.split("=")[0] in MOVED:
-            raise UserError(f"unknown flag {word.split('=')[0]}: {MOVED[word.split('=')[0]]}")
     parser = Parser(doc, usage="python train.py [--flag value ...]", synonyms=SYNONYMS)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)

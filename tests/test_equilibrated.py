@@ -1,19 +1,14 @@
-"""baselines/equilibrated.py: rows of one length, the bound that stays, and checkpoints of the version in
-which it was a flag of the method spectron."""
+"""baselines/equilibrated.py: rows of one length, and the bound that stays."""
 
 from functools import partial
 
 import pytest
 import torch
 
-import eval as evaluation
 import spectron
-import train
 from baselines.equilibrated import EquilibratedSpectron, equilibrate
-from lib.checkpoints import load_checkpoint, seal
 from spectron import newton_schulz
 from test_spectron import adversarial_pairs, dW_over_eta, norm, random_pair
-from tools import plot
 
 
 def uneven(m=96, r=24):
@@ -72,56 +67,3 @@ def test_dW_is_within_1_21_eta_for_the_five_step_iteration(eta, times, monkeypat
     monkeypatch.setattr(spectron, "power_iteration", lambda W, u, steps=1: (norm(W), u))
     kind = partial(EquilibratedSpectron, times=times)
     assert max(dW_over_eta(pair, eta, kind=kind) for pair in adversarial_pairs()) <= 1.21
-
-
-# -------------------------------------- Checkpoints with --equilibrate --------------------------------------
-
-EQUILIBRATED = ["--method", "equilibrated", "--method_args"]
-
-
-def as_it_was_saved(out) -> None:
-    """Writes the checkpoint of a run as it was while --equilibrate was a flag: in the settings of every run,
-    and in the group of its Spectron."""
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    config = checkpoint["config"]
-    times = config["method_args"].pop("times", 0)
-    config["equilibrate"] = times
-    if times:
-        config["method"] = "spectron"
-    for optimizer in checkpoint["optimizers"]:
-        for group in optimizer["param_groups"]:
-            if "renormalize" in group:
-                group["equilibrate"] = times
-    with open(out / "ckpt.pt", "w+b") as file:
-        torch.save(checkpoint, file)
-        file.write(seal(file, file.tell()))
-
-
-@pytest.mark.parametrize("flags", [
-    [], ["--method", "dense"], ["--method", "self-guided"], [*EQUILIBRATED, "times=1"],
-    [*EQUILIBRATED, "times=2", "--no-renormalize"]], ids=str)
-def test_a_checkpoint_of_that_version_is_scored_and_resumes_bit_for_bit(run, capsys, flags):
-    """The guided one is stopped while it has its guide."""
-    whole = run(*flags, "--steps", 8, out="whole")
-    out = run(*flags, "--steps", 8, "--stop_at", 3)
-    said = []
-    for change in (lambda out: None, as_it_was_saved):
-        change(out)
-        capsys.readouterr()
-        evaluation.main([str(out), "--device", "cpu"])
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and "val_loss" in said[0]
-    train.main(["--resume", "--out", str(out)])
-    one, two = (load_checkpoint(path) for path in (whole, out))
-    assert one["config"] == {**two["config"], "out": str(whole)} and "equilibrate" not in two["config"]
-    assert all(torch.equal(w, two["model"][name]) for name, w in one["model"].items())
-    timeless = [[{**row, "seconds": 0} for row in plot.read_log(path)[1]] for path in (whole, out)]
-    assert timeless[0] == timeless[1]
-
-
-def test_the_settings_of_that_version_are_still_kept_at_resume(run, fails):
-    out = run(*EQUILIBRATED, "times=1", "--steps", 4, "--stop_at", 2)
-    as_it_was_saved(out)
-    fails(train.main, ["--resume", "--out", out, "--method_args", "times=2"],
-          "--method_args", "(was {'times': 1})")
-    fails(train.main, ["--resume", "--out", out, "--equilibrate", "1"], "--method equilibrated")

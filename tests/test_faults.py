@@ -275,7 +275,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found_and_the_older_one_named(run, f
 
 
 def test_a_checkpoint_without_a_seal_is_read_and_checked_by_the_crc_of_its_zip(run, tmp_path):
-    """As versions before this one wrote them, or somebody who has changed one by hand."""
+    """As somebody saves one who has changed it by hand."""
     out = run("--steps", 1)
     torch.save(torch.load(out / "ckpt.pt", weights_only=True), tmp_path / "old.pt")
     assert load_checkpoint(tmp_path / "old.pt")["step"] == 1
