@@ -13,12 +13,15 @@ CONFIG = {"size": "nano", "method": "spectron", "lr": 0.1, "renormalize": True, 
 
 @pytest.fixture
 def made(tmp_path):
-    """made(name, **changes) writes a run's log and returns its directory."""
-    def write(name, **changes):
+    """made(name, **changes) writes a run's log, whose last validation is on `last` tokens, and returns its
+    directory."""
+    def write(name, last=512, **changes):
         (tmp_path / name).mkdir()
         rows = [{"config": {**CONFIG, **changes}}]
         rows += [{"step": i, "tokens": 9 * i, "flops": 1e9 * i, "seconds": 2.0 * i, "loss": 5 / i,
-                  "val_loss": 5 / i if i % 2 else None, "dW": 0.1 / i, "W": 1.0, "dy": 0.1, "gauge": 0.5}
+                  "val_loss": 5 / i if i % 2 else None,
+                  "val_tokens": (last if i == 7 else 512) if i % 2 else None,
+                  "dW": 0.1 / i, "W": 1.0, "dy": 0.1, "gauge": 0.5}
                  for i in range(1, 9)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
@@ -72,37 +75,20 @@ def curves(fig) -> list[list]:
     return [line.get_xydata().tolist() for line in fig.axes[0].get_lines()]
 
 
-# An old log does not say on how many tokens it was validated: that follows from its settings.
-OLD = {"steps": 7, "seq_len": 256, "eval_tokens": 16384, "final_eval_tokens": 10**8,
-       "data_tokens": {"val": 103203}}
-
-
 def test_a_last_validation_on_other_text_is_no_point_of_the_curve(made):
-    a = made("a", **OLD)
+    a = made("a", last=103168)
     points = [[i, 5 / i] for i in (1, 3, 5, 7)]
     for y in None, "val_loss":
         fig = plot.draw([a], "step", y)
         assert points[:3] in curves(fig) and points[3:] in curves(fig) and points not in curves(fig)
         assert "validation at the end, on 103,168 tokens" in legend(fig)
-    assert "validation, on 16,384 tokens" in legend(plot.draw([a], "step", None))
-    assert len(legend(plot.draw([a, made("b", lr=0.2, **OLD)], "step", "val_loss"))) == 3  # said once
+    assert "validation, on 512 tokens" in legend(plot.draw([a], "step", None))
+    assert len(legend(plot.draw([a, made("b", lr=0.2, last=103168)], "step", "val_loss"))) == 3  # said once
 
 
-@pytest.mark.parametrize("changes", [{"eval_tokens": 10**8}, {"final_eval_tokens": 16384},
-                                     {"data_tokens": {"val": 9000}}, {"steps": 8}, {"data_tokens": None}])
-def test_where_all_validations_are_on_one_text_the_curve_is_whole(made, changes):
-    fig = plot.draw([made("a", **{**OLD, **changes})], "step", None)
+def test_where_all_validations_are_on_one_text_the_curve_is_whole(made):
+    fig = plot.draw([made("a")], "step", None)
     assert [[i, 5 / i] for i in (1, 3, 5, 7)] in curves(fig) and legend(fig) == ["training", "validation"]
-
-
-def test_a_log_that_says_how_many_tokens_is_believed(made):
-    run = made("a", **OLD)
-    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
-    for row in rows[1:]:
-        row["val_tokens"] = 512 if row["step"] < 7 else 768
-    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert legend(plot.draw([run], "step", None)) == ["training", "validation, on 512 tokens",
-                                                     "validation at the end, on 768 tokens"]
 
 
 def test_a_loss_is_per_byte_where_all_tokens_are_bytes(made):

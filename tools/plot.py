@@ -54,19 +54,9 @@ def unit(configs: list[dict]) -> str:
     return "nats per byte" if tokenizers == {"bytes"} else "nats per token"
 
 
-def tokens_validated(record: dict, config: dict) -> int | None:
-    """How many tokens a record's val_loss is the mean of. An older log does not say: this then follows from
-    its settings, as if there were one shard. None where it has none of those."""
-    if "val_tokens" in record:
-        return record["val_tokens"]
-    limit = config.get("final_eval_tokens" if record["step"] == config.get("steps") else "eval_tokens")
-    there, T = (config.get("data_tokens") or {}).get("val"), config.get("seq_len")
-    return max(1, min((there - 1) // T, limit // T)) * T if limit and there and T else None
-
-
-def other_text(records: list[dict], config: dict) -> tuple[int, int] | None:
+def other_text(records: list[dict]) -> tuple[int, int] | None:
     """(tokens of the last validation, tokens of those before), where these differ."""
-    found = [tokens_validated(r, config) for r in records if r.get("val_loss") is not None]
+    found = [r.get("val_tokens") for r in records if r.get("val_loss") is not None]
     return (found[-1], found[0]) if len(found) > 1 and None not in found and found[-1] != found[0] else None
 
 
@@ -152,7 +142,7 @@ def draw(runs, x, y):
     fig = new_figure(7, 4.3)
     ax, curves = fig.subplots(), []
     ends = {}  # by the tokens of the last validations: a marker of one of them, for the legend
-    for i, ((header, records), name) in enumerate(zip(logs, names)):
+    for i, ((_, records), name) in enumerate(zip(logs, names)):
         for key in [y] if y else ["loss", "val_loss"]:
             points = [(r[x], r[key]) for r in records if r.get(key) is not None and r.get(x) is not None]
             if points:
@@ -160,7 +150,7 @@ def draw(runs, x, y):
                 colour = COLOURS[(i if y else len(curves)) % len(COLOURS)]
                 few = len(points) < 30 or key == "val_loss"
                 # After the last step the validation may be on more text: no point of the same curve.
-                other = other_text(records, header["config"]) if key == "val_loss" else None
+                other = other_text(records) if key == "val_loss" else None
                 if other:
                     end, = ax.plot(*points.pop(), color=colour, marker="D", ms=6, mfc="none", ls="none")
                     ends[other[0]] = end
