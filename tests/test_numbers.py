@@ -120,9 +120,10 @@ def readme() -> list[tuple]:
     gaps = [f"{x:.2f}" for x in isoflop_gaps()]
     compiled, dense = on_a_gpu("S, spectron, compiled"), on_a_gpu("S, dense, compiled")
     return [
-        ("steps grow to {:.1f} times the learning rate and the loss ends at {:.3f} instead of {:.3f}",
-         largest(free, "gauge"), free.final_loss, bounded.final_loss),
-        ("At its own best learning rate, {:g},", muon.lr),
+        ("at Spectron's best learning rate, {:g}. Without renormalization, steps grow to {:.1f} times that and "
+         "the loss ends at {:.3f} instead of {:.3f}", best("spectron").lr, largest(free, "gauge"),
+         free.final_loss, bounded.final_loss),
+        ("At its own best, {:g},", muon.lr),
         ("saves {:.0f}% of the parameters here, {:.0f}% of the FLOPs and {:.0f}% of a step's time",
          saved(count_parameters), saved(flops), 100 * (1 - seconds("spectron") / seconds("dense"))),
         ("peak memory ({}, dense {}, at size S with 16 sequences)", compiled[-1], dense[-1]),
