@@ -30,6 +30,7 @@ REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{
           "fig13": [{}], "transfer": [{}], "adam_lr": [{}], "equilibrated-tuned": [{}],
           "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
+          "lengths": ("lengths/table.md", ""),
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
           "parametric": ("parametric/table.md", "parametric/precision.png"),
           "geometry": ("geometry/README.md", "geometry/spectra.png"), "counts": ("table4/table.md", "")}

@@ -6,8 +6,7 @@ import statistics
 
 from conftest import ROOT
 from paper import geometry, logs
-from paper.experiments import outcome
-from paper.runs import scale_of
+from paper.runs import scale_of, steps_of
 from test_numbers import hold
 
 MINUS = "−"
@@ -32,7 +31,6 @@ def test_scaling_says_what_its_tables_say():
     assert len(swept) == 56 and statistics.mode(best) == 3
     page = (ROOT / "results/isoflop/table.md").read_text("utf-8")
     differences = re.search(r"minus dense: (.*) \((.*)\) by parabolas, (.*) \((.*)\) by the parametric", page)
-    same_flops = [outcome(name, scale_of("nano")).logs[0] for name in ("dense-flops", "spectron")]
     passages = []
     for low, dense, (budget, gap, interval) in zip(low_optima, dense_optima, gaps):
         sizes = (f"{float(row[3][:-1].replace(',', '')):.0f}k" for row in (low, dense))
@@ -45,7 +43,8 @@ def test_scaling_says_what_its_tables_say():
          *(x.replace("-", MINUS) for x in differences.groups())),
         ("(an interval reaches {})", exponents["parametric law"][0][2].split(" to ")[1]),
         ("in {} of {} pairs (one seed)", *re.search(r"loss in (\d+) of (\d+) pairs \(seed 0", page).groups()),
-        ("dense has {} steps, Spectron {}", *(log.steps[-1]["step"] for log in same_flops)),
+        ("dense has {} steps, Spectron {}",
+         *(steps_of(name, scale_of("nano")) for name in ("dense-flops", "spectron"))),
         ("the exponents are {:.2f} and {:.2f}, near the paper's, and the gap is {:.2f} to {:.2f}",
          *map(float, all_0003[:2]), *extremes(all_0003[2:])),
         ("values are {} to {}, mostly 0.03", grid[min(best)], grid[max(best)]),
