@@ -312,9 +312,9 @@ def lengths_page(stages: list) -> str:
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext; losses are of other seeds and the "
-            "other half, in nats per byte, ± a standard deviation; of a difference,\nseeds paired, ± the 95% "
-            "interval, without the noise of tuning. Seconds are medians, two runs side by side on two\nCPU "
-            "cores. `python -m paper.reproduce lengths`\n\n"
+            "other half, in nats per byte, ± a standard deviation; of a difference,\nseeds paired, ± the "
+            "95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
+            "two\nCPU cores. `python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
 
