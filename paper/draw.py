@@ -9,7 +9,7 @@ import numpy as np
 from lib.methods import count_parameters
 from model import SIZES
 from paper.logs import Log
-from paper.methods import ADAM_LRS, METHODS, TRANSFERRED, WITH_ADAM
+from paper.methods import ADAM_LRS, METHODS, WITH_ADAM
 from paper.output import save
 from paper.runs import RESULTS, Run, log_of, scale_of, seconds_per_step
 from tools import plot
@@ -192,22 +192,6 @@ def loss_by_method(found, scale):
     return fig
 
 
-def transfer(found, scale):
-    """A panel for each method: how far each width and rank ends above its own best loss."""
-    by_name = {o.method: o for o in found}
-    fig, axes = panels(len(TRANSFERRED), 12.5, sharey=True)
-    for ax, (method, shapes) in zip(axes, TRANSFERRED.items()):
-        for i, o in enumerate(by_name[shape] for shape in shapes):
-            shown = [(lr, loss - o.grid[o.lr]) for lr, loss in o.grid.items() if loss is not None]
-            _, size, ratio = o.method.split("@")
-            ax.plot(*zip(*shown), color=COLOURS[i], marker="osvD^P"[i], ms=4, lw=1.4,
-                    ls="-" if ratio == "0.25" else "--", label=f"width {size[7:]}, rank ratio {ratio}")
-        ax.set(xscale="log", xlabel=f"learning rate of {METHODS[method].label}", ylim=(-0.02, 0.5))
-        name_lrs(ax, {lr for shape in shapes for lr in by_name[shape].grid})
-    axes[0].set_ylabel(f"final loss above the curve's best\n({unit(found)})")
-    return fig
-
-
 def loss_over_lr_of_shapes(curves: dict):
     """A panel for each method, from shape -> lr -> loss: how far each ends above its own best loss."""
     fig, axes = panels(len(curves), 13.5, sharey=True)
@@ -218,6 +202,7 @@ def loss_over_lr_of_shapes(curves: dict):
                     label=f"width {width}, rank ratio {ratio:g}")
         ax.set(xscale="log", xlabel=f"learning rate of {METHODS[method].label}", ylim=(-0.02, 0.5))
         name_lrs(ax, {lr for losses in shapes.values() for lr in losses})
+        ax.tick_params(axis="x", labelsize=7)
     axes[0].set_ylabel("final loss above the curve's best\n(nats per byte)")
     return fig
 

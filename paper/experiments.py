@@ -14,7 +14,7 @@ import torch
 import train
 from model import ALIASES, Llama, LlamaConfig
 from paper import draw
-from paper.methods import ADAM_LRS, DEARER, LADDERS, METHODS, MOMENTA, SETTINGS, TRANSFERRED, WITH_ADAM
+from paper.methods import ADAM_LRS, DEARER, LADDERS, METHODS, MOMENTA, SETTINGS, WITH_ADAM
 from paper.output import read_json
 from paper.runs import Run, Scale, best_of, log_of, scores_of, seconds_per_step, tried
 from tools import plan
@@ -164,7 +164,6 @@ EXPERIMENTS = {
         ("spectron", "equilibrated", *(f"{name}-flops" for name in DEARER)), draw.loss_over_memory,
         few=True, memory=True),
     "settings": Experiment(SETTINGS, draw.loss_by_method, few=True, single=True, pairs=None),
-    "transfer": Experiment(sum(TRANSFERRED.values(), []), draw.transfer, single=True, pairs=None),
     "adam_lr": Experiment([name for *_, name in ADAM_LRS], draw.loss_over_adam_lr, single=True, pairs=None),
     "momentum": Experiment([name for *_, name in MOMENTA], draw.loss_by_method, few=True, single=True,
                            pairs=None),

@@ -26,6 +26,7 @@ from model import SIZES, Llama, LlamaConfig, rank_of
 from paper import logs, tuned
 from paper.draw import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, name_ticks, panels
 from paper.experiments import gap
+from paper.methods import METHODS, SHAPES
 from paper.output import read_json, save, write_json
 from spectron import Spectron, newton_schulz, power_iteration
 from tools import machine, prepare
@@ -388,26 +389,20 @@ def draw_bound():
 # -------------------------------------------- The verdict ---------------------------------------------------
 
 IMDB_LRS = {"spectron": 0.2, "orthogonalize": 0.02}
-SHAPES = ("nano-2x32@0.25", "nano-2x64@0.25", "nano-2x128@0.25", "nano-2x256@0.25", "nano-2x128@0.125",
-          "nano-2x128@0.5")
-GRIDS = {"spectron": (0.02, 0.05, 0.1, 0.2, 0.5, 1), "orthogonalize": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-         "adamw": (0.0005, 0.001, 0.002, 0.005, 0.01)}
 
 
 def best_lrs(method: str) -> list[float]:
-    """The learning rate of the lowest loss, for each shape."""
-    found = []
-    for shape in SHAPES:
-        losses = {lr: run.final_loss for lr in GRIDS[method]
-                  if (run := log(f"{method}@{shape}-lr{lr:g}-seed0"))}
-        found.append(min((lr for lr in losses if losses[lr] is not None), key=losses.get))
-    return found
+    """Of each shape, adam_lr tuned."""
+    return tuned.own_and_one(tuned.of_shapes(method))[0]
 
 
-def divisors(step: int = -1) -> list[float]:
-    """sigma_A + sigma_B + 1 of the followed matrix, for each shape at lr 0.2."""
-    runs = [log(f"spectron@{shape}-lr0.2-seed0").steps[step] for shape in SHAPES]
-    return [run["sigma_A"] + run["sigma_B"] + 1 for run in runs]
+def divisors(step: int) -> tuple[float, float]:
+    """The smallest and the largest sigma_A + sigma_B + 1 under Spectron, of all matrices of all shapes, each
+    at its best learning rate."""
+    studies = tuned.of_shapes("spectron")
+    found = [study.log(study.at(lr)).points("divisor")[step][1]
+             for study, lr in zip(studies, tuned.own_and_one(studies)[0])]
+    return min(row[0] for row in found), max(row[2] for row in found)
 
 
 def muon_against_spectron(path: Path, seeds: int, lrs: dict) -> tuple:
@@ -433,8 +428,7 @@ def sentences() -> list[str]:
     imdb, imdb_half, imdb_seeds = muon_against_spectron(
         RUNS.with_name("nano-imdb-bytes.jsonl"), 3, IMDB_LRS)
     signs = read_json(PICTURES / "sign.json")
-    spectron, muon, adamw = (best_lrs(name) for name in GRIDS)
-    same_shapes = [lr == 0.2 for lr in spectron] == [lr == 0.05 for lr in muon]
+    lrs = {name: best_lrs(name) for name in tuned.USUAL}
     return [
         f"saves {percent(cost['parameters'])} of the parameters, {percent(cost['flops'])} of the FLOPs and "
         f"{percent(cost['seconds'])} of the time of a step",
@@ -455,16 +449,18 @@ def sentences() -> list[str]:
         "Muon on the factors minus Spectron is "
         + tuned.over_spectron(tuned.SHORT, "orthogonalize").replace("-", "−") + " (95% interval",
         f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
+        "Muon on the factors ends {} ± {} below Spectron".format(
+            *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
         *(f"|{name}|" + "|".join(f"{loss:.3f}" for loss in signs[key].values())
           for name, key in (("sign", "sign"), ("Spectron|", "spectron"))),
         f"ends {min(signs['sign'].values()) - min(signs['spectron'].values()):.2f} above Spectron",
-        f"{min(divisors(0)):.1f} to {max(divisors(0)):.1f} at the start and {min(divisors()):.1f} to "
-        f"{max(divisors()):.1f} at the end",
+        "{:.1f} to {:.1f} after the first step and {:.1f} to {:.1f} after the last".format(
+            *divisors(0), *divisors(-1)),
         f"five times its best, 1, Spectron ends at {log('spectron-lr1-seed0').final_loss:.2f}",
         f"at four times its best, 0.2, at {log('orthogonalize-lr0.2-seed0').final_loss:.2f}",
-        f"0.2 in {spectron.count(0.2)} of {len(SHAPES)} shapes",
-        f"0.05 in {'the same ' * same_shapes}{muon.count(0.05)} of {len(SHAPES)} shapes",
-        f"a factor of {max(adamw) / min(adamw):g}",
+        "|width, rank ratio|" + "|".join(f"{width}, {ratio:g}" for width, ratio in SHAPES) + "|",
+        *(f"|{METHODS[name].label}|" + "|".join(f"{lr:g}" for lr in found) + "|"
+          for name, found in lrs.items()),
     ]
 
 

@@ -66,12 +66,9 @@ for size in [size for ladder in LADDERS.values() for size in ladder if size != "
                                       size)
 
 SHAPES = [*((width, 0.25) for width in (32, 64, 128, 256)), (128, 0.125), (128, 0.5)]  # width, rank ratio
-TRANSFERRED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
-                            f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
-               for method in ("spectron", "orthogonalize", "adamw")}
-SHAPED = TRANSFERRED | {"lora-muon": [
-    add("lora-muon", f"lora-muon@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
-        f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]}
+SHAPED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}, rank {ratio:g}",
+                       f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
+          for method in ("spectron", "orthogonalize", "lora-muon", "adamw")}
 # Settings in which the factors' norms may part
 PARTING = {"plain": ["spectron", "orthogonalize"]} | {
     short: [add(method, f"{method}-{short}", label, flags, swept=False)

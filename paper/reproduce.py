@@ -27,9 +27,10 @@ COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
 REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{}], "table2": [{}, IMDB],
           "table3": [{}], "fig2": [{}], "fig3": [{}], "fig5": [{}], "fig6": [{}], "fig12": [{}],
-          "fig13": [{}], "transfer": [{}], "adam_lr": [{}], "equilibrated-tuned": [{}],
+          "fig13": [{}], "adam_lr": [{}], "equilibrated-tuned": [{}],
           "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
+          "shapes": ("shapes/table.md", "shapes/figure.png"),
           "lengths": ("lengths/table.md", ""),
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
           "parametric": ("parametric/table.md", "parametric/precision.png"),
@@ -105,9 +106,6 @@ def main(argv=None):
         print("fig7, and table1's task columns, are not run at nano, where every model is at chance; they "
               "are at --scale S and above")
         wanted.remove("fig7")
-    if not scale.nano and "transfer" in wanted:
-        print("transfer is of nano's sizes alone: leave out --scale")
-        wanted.remove("transfer")
     for name in wanted:
         prepare(name, scale, args.dry_run)
         if not args.dry_run:

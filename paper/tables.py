@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lib.cli import UserError
 from paper import draw, runs
-from paper.methods import METHODS, TRANSFERRED
+from paper.methods import METHODS
 from paper.experiments import EXPERIMENTS, SAID, gap, methods_and_scale, outcomes_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
@@ -78,28 +78,12 @@ def step_ratios(low, dense) -> str:
     return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], rows)
 
 
-def one_lr(found) -> str:
-    """Of each method, the learning rate that is best for all its shapes, and what it costs them."""
-    rows = []
-    for method, shapes in TRANSFERRED.items():
-        grids = [(o.grid, o.lr) for o in found if o.method in shapes and o.lr]
-        above = {lr: [grid[lr] - grid[best] for grid, best in grids]
-                 for lr in grids[0][0] if all(grid.get(lr) is not None for grid, _ in grids)}
-        lr = min(above, key=lambda lr: sum(above[lr]))
-        rows.append([METHODS[method].label, ", ".join(f"{best:g}" for _, best in grids), f"{lr:g}",
-                     f"{statistics.mean(above[lr]):.3f}", f"{max(above[lr]):.3f}"])
-    return markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
-                     "largest"], rows)
-
-
 def all_tables(name: str, found) -> str:
     parts = [table(name, found)]
     if name in ("fig2", "fig3"):
         parts.append(norms(found))
     if name == "fig2" and all(o.logs for o in found):
         parts.append(step_ratios(*found))
-    if name == "transfer":
-        parts.append(one_lr(found))
     return "\n".join(filter(None, [*parts, differences(name, found)]))
 
 

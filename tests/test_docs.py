@@ -19,7 +19,7 @@ from conftest import ROOT
 from lib.methods import count_parameters
 from model import SIZES
 from paper import equilibrated, logs, runs, tuned
-from paper.methods import ADAM_LRS, METHODS, SHAPES, TRANSFERRED
+from paper.methods import ADAM_LRS, METHODS
 from paper.experiments import PAPER, gap, outcome
 from paper.output import read_json
 from paper.runs import Run, log_of, scale_of
@@ -189,9 +189,9 @@ def test_what_paper_md_says_of_nano_is_the_logs():
     fig2 = (ROOT / "results/fig2/nano/table.md").read_text("utf-8")
     assert "| both at 0.001 | 0.7 | 1.0 | 10 to 30 |" in fig2  # a test makes it again
     says("docs/PAPER.md", "0.7 in the median and 1.0 at most", "10 to 30 times")
-    for name in "spectron", "orthogonalize":
-        assert len({outcome(method, NANO).lr for method in TRANSFERRED[name][1:]}) == 1
-    says("docs/PAPER.md", f"one learning rate for widths {SHAPES[1][0]} to {max(SHAPES)[0]}, which [Muon on")
+    assert len(set(tuned.own_and_one(tuned.of_shapes("orthogonalize"))[0])) == 1
+    lower = tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-")
+    says("docs/PAPER.md", f"Muon on the factors ends {lower} lower")
     said = (ROOT / "results/parametric/table.md").read_text("utf-8")
     assert re.search(r"\| 0.01 \| 0.459 ± 0.017 \| 0.455 ± 0.015 \|", said)
     says("docs/PAPER.md", "0.017 (parabolas) and 0.015 (law)")

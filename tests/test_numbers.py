@@ -150,6 +150,7 @@ def readme() -> list[tuple]:
          statistics.median(ratio for _, ratio in draw.ratios(fig2[0].logs[0], fig2[1].logs[0], "dW"))),
         ("on the matrices, by {:.2f} or more", min(with_adam.values()) - orthogonalized),
         ("Muon on the factors minus Spectron is {}", told("orthogonalize")),
+        ("its promise, it is {}", tuned.over_spectron_of_shapes("orthogonalize").replace("-", MINUS)),
         ("Equilibrating is worth {} after 200 steps at one `adam_lr`",
          size(difference("spectron", "equilibrated", FIVE))),
         ("a better `adam_lr` lowers AdamW on the factors by {:.2f} and Spectron by {:.3f}",

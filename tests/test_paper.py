@@ -372,8 +372,6 @@ def test_a_plan_says_runs_flops_and_what_is_not_run_at_nano(capsys):
     assert "fig7" in printed.splitlines()[0] and "chance" in printed.splitlines()[0]
     reproduce.main(["fig5", "--dry_run", "--scale", "S"])  # nobody has timed S
     assert "fig5: 0 of 9 runs are there" in capsys.readouterr().out
-    reproduce.main(["transfer", "--dry_run", "--scale", "S"])
-    assert "nano's sizes" in capsys.readouterr().out
 
 
 # ----------------------------------------- What has been committed ------------------------------------------
