@@ -324,28 +324,32 @@ def figure3(found, scale):
 
 
 def readme_figure(found) -> None:
-    """||dW||_2 over the learning rate, with and without renormalization, at Spectron's best one."""
+    """||dW||_2 of Spectron at its default learning rate, and of Muon on the factors at that and at a
+    quarter of it; all else is Spectron's."""
     fig, (ax,) = panels(1, 8, 4.3)
     lr, first = found[0].lr, found[0].logs[0]
-    second = log_of(Run("orthogonalize-adam0.003", lr), scale_of("nano"))  # and all else is Spectron's
-    for log, name, colour in ((first, "Spectron", BLUE),
-                              (second, "Muon on the factors\n(no renormalization)", RED)):
-        points = log.points("gauge")
-        ax.plot(*zip(*points), color=colour, lw=2.4)
-        ax.text(points[-1][0] + 4, points[-1][1], f"{name}\nloss {log.final_loss:.3f}", color=colour,
-                fontsize=12, fontweight="bold", va="center")
+    quarter = lr / 4
+    same, own = (log_of(Run("orthogonalize-adam0.003", x), scale_of("nano")) for x in (lr, quarter))
+    for log, name, colour, style, y in (
+            (first, f"Spectron, lr {lr:g}", BLUE, "-", 0.88),
+            (own, f"Muon on the factors\nlr {quarter:g}", ORANGE, "--", 0.5),
+            (same, f"Muon on the factors\nlr {lr:g}", RED, "-", 9)):
+        points = [(step, gauge * log.config["lr"] / lr) for step, gauge in log.points("gauge")]
+        ax.plot(*zip(*points), color=colour, lw=2.4, ls=style)
+        ax.text(points[-1][0] + 4, y, f"{name}\nloss {log.final_loss:.3f}", color=colour,
+                fontsize=11, fontweight="bold", va="center")
     ax.axhspan(0.1, 1, color=BLUE, alpha=0.08, lw=0)
     ax.axhline(1, color=BLACK, lw=1.4)
     ax.axhline(1.21, color=GREY, lw=0.9, ls=":")
     ax.text(198, 0.97, "Spectron's bound: the learning rate", ha="right", va="top", fontsize=11)
     ax.text(198, 1.25, "1.21, with five Newton-Schulz steps", ha="right", va="bottom", fontsize=9, color=GREY)
-    ax.set(xlabel="step", ylabel=r"step of $W = AB^T$: $\|\Delta W\|_2\,/\,$lr", yscale="log",
-           xlim=(0, points[-1][0]), ylim=(0.4, 15))
+    ax.set(xlabel="step", ylabel=rf"step of $W = AB^T$: $\|\Delta W\|_2\,/\,{lr:g}$", yscale="log",
+           xlim=(0, points[-1][0]), ylim=(0.35, 15))
     name_ticks(ax.yaxis, [0.5, 1, 2, 5, 10])
     save(fig, RESULTS / "readme.png",
-         "Renormalization keeps each step of W below the learning rate; without it, steps grow to "
-         f"{max(value for _, value in second.points('gauge')):.1f} times the learning rate",
-         f"Size nano, lr {lr:g}, seed 0, {first.config['spectra_of']}; final validation loss, {unit(found)}")
+         f"Renormalization bounds the step of W by the learning rate; at lr {quarter:g} Muon on the factors "
+         "takes the same steps without it",
+         f"Size nano, seed 0, {first.config['spectra_of']}; final validation loss, {unit(found)}")
 
 
 def first_run_figure() -> None:

@@ -428,7 +428,7 @@ def sentences() -> list[str]:
     imdb, imdb_half, imdb_seeds = muon_against_spectron(
         RUNS.with_name("nano-imdb-bytes.jsonl"), 3, IMDB_LRS)
     signs = read_json(PICTURES / "sign.json")
-    lrs = {name: best_lrs(name) for name in tuned.USUAL}
+    lrs = {name: best_lrs(name) for name in ("spectron", "orthogonalize", "adamw")}
     return [
         f"saves {percent(cost['parameters'])} of the parameters, {percent(cost['flops'])} of the FLOPs and "
         f"{percent(cost['seconds'])} of the time of a step",

@@ -102,7 +102,7 @@ def on_a_gpu(row: str) -> list[str]:
 ROWS = {"none | Spectron": "spectron", "| `--no-renormalize` | Muon on the factors": "orthogonalize",
         "| `--method equilibrated` | Spectron, [rows made equal first](docs/EQUILIBRATED.md)": "equilibrated",
         "| `--method adamw` | AdamW on the factors": "adamw",
-        "| `--method sct` | U diag(s) Vᵀ, the best with Adam": "sct",
+        "| `--method sct` | U diag(s) Vᵀ, AdamW": "sct",
         "| `--method dense` | dense weights, Muon": "dense",
         "| `--method dense-adamw` | dense weights, AdamW": "dense-adamw"}
 
@@ -115,19 +115,17 @@ def readme() -> list[tuple]:
     """(passage, its numbers), in the order of the page."""
     bounded, free = single("spectron-lr0.2-seed0"), single("orthogonalize-adam0.003-lr0.2-seed0")
     S, seeds = SIZES["S"], [first_run(seed).final_loss for seed in range(3)]
-    muon, adamw = best("orthogonalize"), {adam_lr: outcome(method, NANO).grid[lr]
-                                          for name, lr, adam_lr, method in ADAM_LRS if name == "adamw"}
+    adamw = {adam_lr: outcome(method, NANO).grid[lr] for name, lr, adam_lr, method in ADAM_LRS
+             if name == "adamw"}
     fig2 = outcomes_of("fig2", NANO)
     orthogonalized = max(best(name).mean for name in ("spectron", "orthogonalize", "lora-muon"))
     with_adam = {name: best(name).mean for name in WITH_ADAM}
-    assert min(with_adam, key=with_adam.get) == "sct"
     gaps = [f"{x:.2f}" for x in isoflop_gaps()]
     compiled, dense = on_a_gpu("S, spectron, compiled"), on_a_gpu("S, dense, compiled")
     return [
-        ("at Spectron's best learning rate, {:g}. Without renormalization, steps grow to {:.1f} times that "
+        ("At Spectron's learning rate, {:g}, steps without renormalization grow to {:.1f} times that, "
          "and the loss ends at {:.3f} instead of {:.3f}", best("spectron").lr, largest(free, "gauge"),
          free.final_loss, bounded.final_loss),
-        ("At its own best, {:g},", muon.lr),
         ("saves {:.0f}% of the parameters here, {:.0f}% of the FLOPs and {:.0f}% of a step's time",
          saved(count_parameters), saved(flops), 100 * (1 - seconds("spectron") / seconds("dense"))),
         ("peak memory ({}, dense {}, at size S with 16 sequences)", compiled[-1], dense[-1]),
@@ -146,17 +144,17 @@ def readme() -> list[tuple]:
         ("/ eta of one matrix: at most {:.2f} above", largest(first_run(0), "gauge")),
         *((f"{flags} | {{}} | {{:.2g}} |", of(name), best(name).flops / best("spectron").flops)
           for flags, name in ROWS.items()),
-        ("At nano it moves it {:.1f} times as far",
+        ("At nano it moves one matrix {:.1f} times as far",
          statistics.median(ratio for _, ratio in draw.ratios(fig2[0].logs[0], fig2[1].logs[0], "dW"))),
         ("on the matrices, by {:.2f} or more", min(with_adam.values()) - orthogonalized),
         ("Muon on the factors minus Spectron is {}", told("orthogonalize")),
         ("its promise, it is {}", tuned.over_spectron_of_shapes("orthogonalize").replace("-", MINUS)),
-        ("Equilibrating is worth {} after 200 steps at one `adam_lr`",
+        ("Equilibrating is worth {} after 200 steps at `adam_lr` 3e-3",
          size(difference("spectron", "equilibrated", FIVE))),
-        ("a better `adam_lr` lowers AdamW on the factors by {:.2f} and Spectron by {:.3f}",
+        ("`adam_lr` lowers AdamW on the factors by {:.2f} and, with `lr`, Spectron by {:.3f} (seed 0)",
          adamw[0.003] - adamw[0.03], tuned.searched_over_default()),
-        ("same shape and steps | {} |", told("dense")),
-        ("same shape and FLOPs | {} |", told("dense-flops")),
+        ("same shape and steps, both tuned | {} |", told("dense")),
+        ("same shape and FLOPs, both tuned | {} |", told("dense-flops")),
         ("each at its best size](docs/SCALING.md) | {} to {} |",
          *(MINUS + x for x in (min(gaps), max(gaps)))),
         *(("| {:.4g}M | {} | {:.2g} h | {} | {} | {:.0f} GB |", *row) for row in predicted()),
@@ -185,7 +183,7 @@ PAGES = {"README.md": readme}
 CONSTANTS = {"README.md": (
     "arXiv 2602.12429", "abs/2602.12429", "Python 3.10", "1.21 eta for eta ≤ 0.5", "the 95% interval",
     "--no-renormalize --lr 0.2", "rank_ratio=0.25", "lr=0.05", "0.03 between single runs means nothing",
-    "do not order methods within 0.02")}
+    "do not order methods within 0.05")}
 
 
 @pytest.mark.parametrize("page", PAGES)
