@@ -397,11 +397,12 @@ def best_lrs(method: str) -> list[float]:
 
 
 def divisors(step: int) -> tuple[float, float]:
-    """The smallest and the largest sigma_A + sigma_B + 1 under Spectron, of all matrices of all shapes, each
-    at its best learning rate."""
+    """The smallest and the largest sigma_A + sigma_B + 1 under Spectron, of all matrices of all shapes, at
+    the one learning rate."""
     studies = tuned.of_shapes("spectron")
-    found = [study.log(study.at(lr)).points("divisor")[step][1]
-             for study, lr in zip(studies, tuned.own_and_one(studies)[0])]
+    one = tuned.own_and_one(studies)[1]
+    found = [(study.log(study.at(one)) or study.log(study.at(one), study.seeds[0])).points("divisor")[step][1]
+             for study in studies]
     return min(row[0] for row in found), max(row[2] for row in found)
 
 

@@ -8,7 +8,7 @@
 Each draws from the logs that are there. With --make it trains first what is missing, which takes hours and
 may be stopped. The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to
 the best beside it, until none beside it is lower on any axis. It reads seed 0, on half of the validation text
-where a log has halves; what is told is of other seeds and the other half.
+where a log has halves; what is told is of other seeds, and of the other half.
 """
 
 import math
@@ -26,7 +26,7 @@ from paper.experiments import SAID, mean_and_half
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale, log_of
 
-GRIDS = {"lr": runs.SERIES, "adam_lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),  # no best at an end
+GRIDS = {"lr": runs.SERIES, "adam_lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
          "momentum": (0.3, 0.5, 0.7, 0.9, 0.95), "beta1": (0.7, 0.8, 0.9, 0.95, 0.98)}
 FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
          "beta1": "--method varied --method_args beta1={:g}"}
@@ -211,9 +211,10 @@ def shapes_page(methods: list) -> str:
          "two layers, 200 steps of 4,096 tokens of the offline corpus, seed 0, each shape's best adam_lr")
     return "\n".join([
         "# One learning rate for all shapes\n\nTwo layers, 200 steps of 4,096 tokens of the offline corpus, "
-        "bfloat16. Each shape has its best adam_lr, by a search on\nseed 0, and its best lr, by the mean of "
-        "seeds 0 and 1. The losses at one lr for all are of seeds 2 to 5, in nats per byte, ±\nthe 95% "
-        "interval of a difference. `python -m paper.reproduce shapes`\n",
+        "bfloat16. Each shape has its best adam_lr, by a search on\nseed 0, and its best lr: by seed 0, and "
+        "where shapes differ by the mean of seeds 0 and 1. The losses at one lr for all are\nof seeds 2 to "
+        "5, in nats per byte, ± the 95% interval of a difference over seeds, without the noise of tuning."
+        "\n`python -m paper.reproduce shapes`\n",
         markdown(["", "best lr of each shape", "one for all", "its loss above each one's best, mean",
                   "largest", "its loss, mean of the shapes", "over Spectron's"], summary),
         "The shapes, in this order:\n",
@@ -327,9 +328,9 @@ def lengths_page(stages: list) -> str:
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext; losses are of other seeds and the "
-            "other half, in nats per byte, ± a standard deviation; of a difference,\nseeds paired, ± the "
-            "95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
-            "two\nCPU cores. `python -m paper.reproduce lengths`\n\n"
+            "other half, in nats per byte, ± a standard deviation; of a difference,\nover the seeds "
+            "that both have, ± the 95% interval, without the noise of tuning. Seconds are medians, two runs "
+            "side by\nside on two CPU cores. `python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
 
