@@ -41,7 +41,7 @@ KINDS = {  # the learning rate is that of a run of 1,000 steps
 # root of the FLOPs, and more on a side where the best was the last or the last but one
 WIDTHS = {"spectron": ((8, 64), (16, 96), (16, 160), (48, 256)),
           "dense": ((8, 64), (12, 96), (16, 128), (24, 160))}
-LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS, kept=20)
+LADDER = Scale({}, "nano", "isoflop", None, 512, "data/stdlib", 1, SEEDS, kept=1)
 PAPER_BUDGETS = tuple(np.geomspace(2.20e18, 3.57e19, 4))  # the ends are the paper's
 
 

@@ -244,8 +244,8 @@ def write_isoflop(count: str = "total", flops: str = "executed") -> None:
           "[Every run](runs.csv)\n\n![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     save(figure9(points, budgets), where / "figure9.png",
          "At each budget one size is best, and it grows with the compute", SETTING)
-    save(figure8(points, budgets), where / "figure8.png", "The best size grows more slowly than the root "
-         "of the compute, low-rank and dense", SETTING)
+    save(figure8(points, budgets), where / "figure8.png", "Best sizes grow more slowly than the root of "
+         "compute: dense surely, low-rank probably", SETTING)
     save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png",
          "At equal FLOPs and its best size, dense has the lower loss", SETTING)
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")

@@ -7,8 +7,9 @@
 
 Each draws from the logs that are there. With --make it trains first what is missing, which takes hours and
 may be stopped. The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to
-the best beside it, until none beside it is lower on any axis. It reads seed 0, on half of the validation text
-where a log has halves; what is told is of other seeds, and of the other half.
+the best beside it, until none beside it is lower on any axis. adam_lr has more than one minimum, so two
+values of it are tried each time. The search reads seed 0, on half of the validation text where a log has
+halves; what is told is of other seeds, and of the other half.
 """
 
 import math
@@ -28,6 +29,7 @@ from paper.runs import RESULTS, Run, Scale, log_of
 
 GRIDS = {"lr": runs.SERIES, "adam_lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
          "momentum": (0.3, 0.5, 0.7, 0.9, 0.95), "beta1": (0.7, 0.8, 0.9, 0.95, 0.98)}
+SWEPT = {"adam_lr": (3e-3, 1e-1)}  # tried at each visit, beside the neighbours
 FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
          "beta1": "--method varied --method_args beta1={:g}"}
 
@@ -67,12 +69,13 @@ class Study:
         return log.steps[-1]["halves"][half] if self.scale.halves else log.final_loss
 
     def beside(self, point: dict, axis: str) -> list[dict]:
-        """The point, and those beside it along one axis; along momentum also with lr moved the other way, as
-        the two trade off."""
+        """The point, those beside it along one axis and those that are always tried; along momentum also with
+        lr moved the other way, as the two trade off."""
         def moved(axis, by):
             place = GRIDS[axis].index(point[axis]) + by
             return {axis: GRIDS[axis][place]} if 0 <= place < len(GRIDS[axis]) else {}
-        found = [point, *(point | moved(axis, by) for by in (-1, 1))]
+        found = [point, *(point | moved(axis, by) for by in (-1, 1)),
+                 *(point | {axis: value} for value in SWEPT.get(axis, ()))]
         if axis == "momentum":
             found += [point | moved(axis, by) | moved("lr", -by) for by in (-1, 1)]
         return found
@@ -234,9 +237,10 @@ def divisors(study: Study, point: dict) -> list[str]:
 # ------------------------------------------ Where the norms part --------------------------------------------
 
 def of_norms() -> dict[str, list[Study]]:
-    """By setting: Spectron and Muon on the factors, lr tuned alone; at last both at twice their best lr."""
-    at, seeds = (dict(lr=0.2, adam_lr=3e-3), dict(lr=0.05, adam_lr=1e-2)), range(1, 6)
-    found = {short: [Study(method, start, SHORT, ("lr",), seeds) for method, start in zip(methods, at)]
+    """By setting: Spectron and Muon on the factors, lr and adam_lr tuned from their best in the plain one; at
+    last both at twice their best lr."""
+    plain, seeds = [of_length(SHORT, method) for method in PARTING["plain"]], range(1, 6)
+    found = {short: [Study(method, s.search[0], SHORT, seeds=seeds) for method, s in zip(methods, plain)]
              for short, methods in PARTING.items()}
     return found | {"twice": [Study(s.method, s.at(twice(s)), SHORT, (), seeds) for s in found["plain"]]}
 
@@ -262,14 +266,16 @@ def norms_page(settings: list) -> str:
         gaps = above(muon, spectron)
         for s in spectron, muon:
             rows.append([METHODS[s.method].label + ", twice the best lr" * (setting == "twice"),
-                         f"{s.search[0]['lr']:g}", f"{statistics.mean(s.told()):.3f}",
+                         ", ".join(f"{k} {s.search[0][k]:g}" for k in ("lr", "adam_lr")),
+                         f"{statistics.mean(s.told()):.3f}",
                          *([interval(gaps), interval([a - b for a, b in zip(gaps, plain)])
                             if setting != "plain" else ""] if s is muon else ["", ""]),
                          *divisors(s, s.search[0])])
-    return ("# Where the norms of the factors part\n\nNano, 200 steps, bfloat16. lr is tuned in each setting "
-            "on seed 0 and the first half of the validation\ntext; losses are means of seeds 1 to 5 on the "
-            "other half, ± the 95% interval of a difference.\n`python -m paper.reproduce norms`\n\n"
-            + markdown(["", "lr", "loss (nats per byte)", "over Spectron's",
+    return ("# Where the norms of the factors part\n\nNano, 200 steps, bfloat16. lr and adam_lr are tuned in "
+            "each setting on seed 0 and the first half of the\nvalidation text; losses are means of seeds 1 "
+            "to 5 on the other half, ± the 95% interval of a difference,\nwithout the noise of tuning. "
+            "`python -m paper.reproduce norms`\n\n"
+            + markdown(["", "tuned", "loss (nats per byte)", "over Spectron's",
                         "the same less that of the first rows", *DIVISOR], rows))
 
 
@@ -283,19 +289,16 @@ STARTS = {"spectron": (MUONS, dict(lr=0.2, adam_lr=3e-3, momentum=0.7)),
           "dense": (MUONS, dict(lr=0.05, adam_lr=3e-3, momentum=0.7)),
           "dense-flops": (MUONS, dict(lr=0.1, adam_lr=1e-2, momentum=0.7)),
           "adamw": (ADAMW, dict(lr=1e-3, adam_lr=3e-2, beta1=0.9))}
-CLOSE = "spectron", "orthogonalize", "equilibrated", "equilibrated-muon"
+SEEDS = {200: range(1, 9), 800: range(1, 5), 1600: range(1, 5)}  # by steps
 
 
 def of_length(scale: Scale, method: str) -> Study:
-    """A search starts from the best of the next shorter one; at 1,600 steps it has lr alone. Methods that are
-    close to each other have eight seeds up to 800 steps, all else four."""
+    """A search starts from the best of the next shorter one; at 1,600 steps it has lr alone."""
     axes, start = STARTS[method]
-    study = Study(method, start, SHORT, axes, range(1, 9 if method in CLOSE else 5))
+    study = Study(method, start, SHORT, axes, SEEDS[200])
     for longer in (LONG, LONGER)[:(SHORT, LONG, LONGER).index(scale)]:
-        study = replace(study, start=study.search[0], scale=longer)
-    if scale == LONGER:
-        study = replace(study, axes=("lr",), seeds=range(1, 5))
-    return study
+        study = replace(study, start=study.search[0], scale=longer, seeds=SEEDS[longer.steps])
+    return replace(study, axes=("lr",)) if scale == LONGER else study
 
 
 def over_spectron(scale: Scale, method: str) -> str:
@@ -328,9 +331,9 @@ def lengths_page(stages: list) -> str:
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext; losses are of other seeds and the "
-            "other half, in nats per byte, ± a standard deviation; of a difference,\nover the seeds "
-            "that both have, ± the 95% interval, without the noise of tuning. Seconds are medians, two runs "
-            "side by\nside on two CPU cores. `python -m paper.reproduce lengths`\n\n"
+            "other half, in nats per byte, ± a standard deviation; of a difference,\nseeds paired, ± the "
+            "95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
+            "two\nCPU cores. `python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
 
