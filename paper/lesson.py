@@ -448,7 +448,7 @@ def sentences() -> list[str]:
         f"{no_one} without the + 1, at its best learning rate of 0.1, against {spectron_again} "
         "(± is a standard deviation over three seeds)",
         "Muon on the factors minus Spectron is "
-        + tuned.over_spectron(tuned.SHORT, "orthogonalize").replace("-", "−") + " (95% interval",
+        + tuned.over(tuned.SHORT, "orthogonalize").replace("-", "−") + " (95% interval",
         f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),

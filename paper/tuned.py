@@ -301,9 +301,9 @@ def of_length(scale: Scale, method: str) -> Study:
     return replace(study, axes=("lr",)) if scale == LONGER else study
 
 
-def over_spectron(scale: Scale, method: str) -> str:
+def over(scale: Scale, method: str, other: str = "spectron") -> str:
     """How much higher it ends, with the 95% interval."""
-    return interval(above(of_length(scale, method), of_length(scale, "spectron")))
+    return interval(above(of_length(scale, method), of_length(scale, other)))
 
 
 def searched_over_default() -> float:
@@ -327,7 +327,7 @@ def lengths_page(stages: list) -> str:
                      ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried), f"{s.loss(point):.3f}",
                      f"1 to {s.seeds[-1]}",
                      f"{statistics.mean(s.told()):.3f} ± {statistics.stdev(s.told()):.3f}",
-                     "" if s == first else over_spectron(scale, method), f"{flops:.2f}", f"{seconds:.2f}",
+                     "" if s == first else over(scale, method), f"{flops:.2f}", f"{seconds:.2f}",
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext; losses are of other seeds and the "
