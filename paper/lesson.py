@@ -450,6 +450,8 @@ def sentences() -> list[str]:
         "Muon on the factors minus Spectron is "
         + tuned.over(tuned.SHORT, "orthogonalize").replace("-", "−") + " (95% interval",
         f"{imdb:+.3f} ± {imdb_half:.3f}".replace("-", "−") + f" ({imdb_seeds} seeds)",
+        "all tuned, it is "
+        + tuned.over(tuned.SHORT, "equilibrated-muon", "equilibrated").replace("-", "−") + ": there",
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
         *(f"|{name}|" + "|".join(f"{loss:.3f}" for loss in signs[key].values())
