@@ -70,7 +70,7 @@ SHAPED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}
                        f"--rank_ratio {ratio:g}", size=f"nano-2x{width}") for width, ratio in SHAPES]
           for method in ("spectron", "orthogonalize", "lora-muon", "adamw")}
 # Settings in which the factors' norms may part
-PARTING = {"plain": ["spectron", "orthogonalize"]} | {
+PARTING = {
     short: [add(method, f"{method}-{short}", label, flags, swept=False)
             for method in ("spectron", "orthogonalize")] for short, label, flags in (
     ("decay", "factors decayed", "--method varied --method_args decay=0.02"),

@@ -16,6 +16,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import takewhile
 
 import numpy as np
 
@@ -239,9 +240,10 @@ def divisors(study: Study, point: dict) -> list[str]:
 def of_norms() -> dict[str, list[Study]]:
     """By setting: Spectron and Muon on the factors, lr and adam_lr tuned from their best in the plain one; at
     last both at twice their best lr."""
-    plain, seeds = [of_length(SHORT, method) for method in PARTING["plain"]], range(1, 6)
+    both, seeds = ("spectron", "orthogonalize"), range(1, 6)
+    plain = [of_length(SHORT, method) for method in both]
     found = {short: [Study(method, s.search[0], SHORT, seeds=seeds) for method, s in zip(methods, plain)]
-             for short, methods in PARTING.items()}
+             for short, methods in ({"plain": both} | PARTING).items()}
     return found | {"twice": [Study(s.method, s.at(twice(s)), SHORT, (), seeds) for s in found["plain"]]}
 
 
@@ -256,12 +258,14 @@ def twice(study: Study) -> float:
 
 
 def norm_runs(setting: str) -> list[Run]:
-    return [run for study in of_norms()[setting] for run in study.wanted()]
+    """The plain setting's too: the others start from it, and are compared with it."""
+    found = of_norms()
+    return [run for study in found["plain"] + found[setting] for run in study.wanted()]
 
 
 def norms_page(settings: list) -> str:
     rows, plain = [], above(*reversed(of_norms()["plain"]))
-    for setting in settings:
+    for setting in "plain", *settings:
         spectron, muon = of_norms()[setting]
         gaps = above(muon, spectron)
         for s in spectron, muon:
@@ -381,7 +385,8 @@ def main(argv=None):
     for stage in stages.values() if args.make else ():
         while left := missing(*stage):
             runs.make_all(left, stage[0])
-    if not (complete := [about for about, stage in stages.items() if not missing(*stage)]):
+    complete = [*takewhile(lambda about: not missing(*stages[about]), stages)]  # a stage needs those before it
+    if not complete:
         raise UserError(f"no part of {args.name} has all its runs. This trains them, and may be stopped: "
                         f"python -m paper.tuned {args.name} --make (hours: python -m paper.tuned plan)")
     write(RESULTS / args.name / "table.md", page(complete))

@@ -20,13 +20,13 @@ from lib.methods import count_parameters, flops_per_token
 from model import SIZES, Llama, LlamaConfig
 from paper import bench, draw, logs, scaling, tuned
 from paper.methods import ADAM_LRS
-from paper.experiments import gap, outcome, outcomes_of
+from paper.experiments import outcome, outcomes_of
 from paper.isoflop import KINDS, gaps, noise
 from paper.logs import Log
 from paper.runs import scale_of
 from tools.plot import read_log
 
-NANO, FIVE = scale_of("nano"), scale_of("nano", seeds=5)
+NANO = scale_of("nano")
 IMDB = scale_of("nano", data="data/imdb-bytes", lrs=3)
 MINUS = "−"  # the pages' own sign
 WITH_ADAM = "adamw", "self-guided", "cola", "sltrain", "relora", "galore", "fira", "sct", "tsvd"
@@ -36,12 +36,6 @@ NUMBER = re.compile(r"\d[\d,]*\.\d+|\d+(?=%)")
 @cache
 def best(method: str, scale=NANO):
     return outcome(method, scale)
-
-
-def difference(a: str, b: str, scale=NANO) -> str:
-    """How much higher b ends than a, with its 95% interval."""
-    mean, interval, _ = gap(best(a, scale), best(b, scale))
-    return f"{mean:+.3f} ± {interval:.3f}".replace("-", MINUS)
 
 
 def told(*methods: str) -> str:
