@@ -385,7 +385,7 @@ def main(argv=None):
     for stage in stages.values() if args.make else ():
         while left := missing(*stage):
             runs.make_all(left, stage[0])
-    complete = [*takewhile(lambda about: not missing(*stages[about]), stages)]  # a stage needs those before it
+    complete = [*takewhile(lambda about: not missing(*stages[about]), stages)]  # each needs those before
     if not complete:
         raise UserError(f"no part of {args.name} has all its runs. This trains them, and may be stopped: "
                         f"python -m paper.tuned {args.name} --make (hours: python -m paper.tuned plan)")
