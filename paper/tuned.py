@@ -297,12 +297,12 @@ SEEDS = {200: range(1, 9), 800: range(1, 5), 1600: range(1, 5)}  # by steps
 
 
 def of_length(scale: Scale, method: str) -> Study:
-    """A search starts from the best of the next shorter one; at 1,600 steps it has lr alone."""
+    """A search starts from the best of the next shorter one, with fewer axes."""
     axes, start = STARTS[method]
     study = Study(method, start, SHORT, axes, SEEDS[200])
-    for longer in (LONG, LONGER)[:(SHORT, LONG, LONGER).index(scale)]:
-        study = replace(study, start=study.search[0], scale=longer, seeds=SEEDS[longer.steps])
-    return replace(study, axes=("lr",)) if scale == LONGER else study
+    for longer, axes in ((LONG, ("lr", "adam_lr")), (LONGER, ("lr",)))[:(SHORT, LONG, LONGER).index(scale)]:
+        study = replace(study, start=study.search[0], scale=longer, axes=axes, seeds=SEEDS[longer.steps])
+    return study
 
 
 def over(scale: Scale, method: str, other: str = "spectron") -> str:
@@ -334,10 +334,12 @@ def lengths_page(stages: list) -> str:
                      "" if s == first else over(scale, method), f"{flops:.2f}", f"{seconds:.2f}",
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
-            "Tuned on seed 0 and the first half of the validation\ntext; losses are of other seeds and the "
-            "other half, in nats per byte, ± a standard deviation; of a difference,\nseeds paired, ± the "
-            "95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
-            "two\nCPU cores. `python -m paper.reproduce lengths`\n\n"
+            "Tuned on seed 0 and the first half of the validation\ntext: after 200 steps lr, adam_lr and "
+            "momentum or beta1, after 800 lr and adam_lr, after 1,600 lr, each from\nthe best of the length "
+            "before. Losses are of other seeds and the other half, in nats per byte, ± a standard\n"
+            "deviation; of a difference, seeds paired, ± the 95% interval, without the noise of tuning. "
+            "Seconds are\nmedians, two runs side by side on two CPU cores. "
+            "`python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
 
@@ -347,7 +349,7 @@ def lengths_page(stages: list) -> str:
 STAGES = [(SHORT, ("spectron", "dense-flops")), (SHORT, ("orthogonalize", "dense")),
           (SHORT, ("equilibrated", "equilibrated-muon", "adamw")),
           *((scale, methods) for scale in (LONG, LONGER) for methods in (
-              ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense", "adamw")))]
+              ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense",)))]
 PARTS = {  # name -> (what each stage is about -> its scale and what says which runs it needs now; the page)
     "shapes": ({method: (SHAPE, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
     "norms": ({setting: (SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")}, norms_page),
