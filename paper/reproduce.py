@@ -31,7 +31,7 @@ REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{
           "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
           "shapes": ("shapes/table.md", "shapes/figure.png"),
-          "lengths": ("lengths/table.md", ""),
+          "norms": ("norms/table.md", ""), "lengths": ("lengths/table.md", ""),
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
           "parametric": ("parametric/table.md", "parametric/precision.png"),
           "geometry": ("geometry/README.md", "geometry/spectra.png"), "counts": ("table4/table.md", "")}

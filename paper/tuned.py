@@ -263,6 +263,11 @@ def norm_runs(setting: str) -> list[Run]:
     return [run for study in found["plain"] + found[setting] for run in study.wanted()]
 
 
+def parted(setting: str) -> str:
+    """How much higher Muon on the factors ends than Spectron, with the 95% interval."""
+    return interval(above(*reversed(of_norms()[setting])))
+
+
 def norms_page(settings: list) -> str:
     rows, plain = [], above(*reversed(of_norms()["plain"]))
     for setting in "plain", *settings:
@@ -308,13 +313,6 @@ def of_length(scale: Scale, method: str) -> Study:
 def over(scale: Scale, method: str, other: str = "spectron") -> str:
     """How much higher it ends, with the 95% interval."""
     return interval(above(of_length(scale, method), of_length(scale, other)))
-
-
-def searched_over_default() -> float:
-    """How much lower Spectron ends after 200 steps than at its default lr and adam_lr, of seed 0 on the half
-    that it was not chosen by."""
-    study = of_length(SHORT, "spectron")
-    return study.loss(study.start, half=1) - study.loss(study.search[0], half=1)
 
 
 def length_runs(scale: Scale, methods: tuple) -> list[Run]:

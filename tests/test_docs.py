@@ -189,8 +189,8 @@ def test_what_paper_md_says_of_nano_is_the_logs():
     assert "| both at 0.001 | 0.7 | 1.0 | 10 to 30 |" in fig2  # a test makes it again
     says("docs/PAPER.md", "0.7 in the median and 1.0 at most", "10 to 30 times")
     assert len(set(tuned.own_and_one(tuned.of_shapes("orthogonalize"))[0])) == 1
-    lower = tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-")
-    says("docs/PAPER.md", f"Muon on the factors ends {lower} lower")
+    says("docs/PAPER.md", f"it is {tuned.over_spectron_of_shapes('orthogonalize')}; where matrices "
+         f"start with unequal norms, {tuned.parted('unbalanced')}")
     said = (ROOT / "results/parametric/table.md").read_text("utf-8")
     assert re.search(r"\| 0.01 \| 0.459 ± 0.017 \| 0.455 ± 0.015 \|", said)
     says("docs/PAPER.md", "0.017 (parabolas) and 0.015 (law)")
