@@ -434,6 +434,7 @@ def sentences() -> list[str]:
         f"the gauge is at most {high:.2f}, dW/lr reaches {extremes(without)[1]:.1f}, and the losses are "
         f"{with_it.final_loss:.2f} against {without.final_loss:.2f}",
         f"{without.points('W')[-1][1]:.1f}, against {with_it.points('W')[-1][1]:.1f} with renormalization",
+        f"({with_it.points('W')[-1][1]:.1f}: ‖W‖ after training)",
         f"{statistics.median(ratio):.1f} times the dense one, and {max(ratio):.1f} times at most",
         f"between {ends['least']:.2f} and {ends['most']:.2f}",
         f"smaller ones end at {ends['top']:.4f} at most",
@@ -442,12 +443,12 @@ def sentences() -> list[str]:
         "(± is a standard deviation over three seeds)",
         "Muon on the factors minus Spectron is "
         + tuned.over(tuned.SHORT, "orthogonalize").replace("-", "−") + ", on other seeds "
-        "and other text (95% interval",
-        "tuned as well, it is "
+        "and text (95% interval",
+        "tuned, it is "
         + tuned.over(tuned.SHORT, "equilibrated-muon", "equilibrated").replace("-", "−") + ": there",
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
-        "that sum goes from {:.1f} to {:.1f}".format(*parted_divisors()),
+        "that sum is {:.1f} to {:.1f}".format(*parted_divisors()),
         "Muon on the factors ends {} above Spectron".format(tuned.parted("unbalanced").removeprefix("+")),
         *(f"|{name}|" + "|".join(f"{loss:.3f}" for loss in signs[key].values())
           for name, key in (("sign", "sign"), ("Spectron|", "spectron"))),

@@ -73,7 +73,7 @@ SHAPED = {method: [add(method, f"{method}@nano-2x{width}@{ratio:g}", f"2x{width}
 PARTING = {
     short: [add(method, f"{method}-{short}", label, flags, swept=False)
             for method in ("spectron", "orthogonalize")] for short, label, flags in (
-    ("decay", "factors decayed", "--method varied --method_args decay=0.02"),
+    ("decay", "factors decayed 2% a step", "--method varied --method_args decay=0.02"),
     ("thin", "rank ratio 1/16", "--rank_ratio 0.0625"),
     ("unbalanced", "attention from 8 A and B / 8", "--method varied --method_args c=8"))}
 
