@@ -103,7 +103,8 @@ class Study:
 
     def over_lr(self) -> dict[float, float]:
         """lr -> the loss of seed 0, where it was run, all else at its best."""
-        found = {lr: self.loss(self.at(lr)) for lr in runs.SERIES}
+        point = self.search[0]
+        found = {lr: self.loss(point | {"lr": lr}) for lr in runs.SERIES}
         return {lr: loss for lr, loss in found.items() if loss is not None and math.isfinite(loss)}
 
     def wanted(self) -> list[Run]:
@@ -153,14 +154,15 @@ def lrs_between(studies: list[Study]) -> list[float]:
 
 
 def mean_loss(study: Study, lr: float) -> float:
-    return statistics.mean(study.loss(study.at(lr), seed) for seed in (0, 1))
+    point = study.at(lr)
+    return statistics.mean(study.loss(point, seed) for seed in (0, 1))
 
 
 def own_and_one(studies: list[Study]) -> tuple[list[float], float]:
     """(the best lr of each shape, the best for all of them), by the mean of seeds 0 and 1."""
-    lrs = lrs_between(studies)
-    return ([min(lrs, key=partial(mean_loss, s)) for s in studies],
-            min(lrs, key=lambda lr: sum(mean_loss(s, lr) for s in studies)))
+    losses = {lr: [mean_loss(s, lr) for s in studies] for lr in lrs_between(studies)}
+    best_of_each = [min(losses, key=lambda lr: losses[lr][i]) for i in range(len(studies))]
+    return best_of_each, min(losses, key=lambda lr: sum(losses[lr]))
 
 
 def shape_runs(method: str) -> list[Run]:
@@ -181,7 +183,8 @@ def at_one_lr(method: str) -> list[float]:
     """Seed by seed: the mean of the shapes, all at the one lr."""
     studies = of_shapes(method)
     one = own_and_one(studies)[1]
-    return [statistics.mean(s.loss(s.at(one), seed) for s in studies) for seed in studies[0].seeds]
+    points = [(s, s.at(one)) for s in studies]
+    return [statistics.mean(s.loss(point, seed) for s, point in points) for seed in studies[0].seeds]
 
 
 def over_spectron_of_shapes(method: str) -> str:
