@@ -13,16 +13,6 @@ from lib.files import replacing
 
 DPI = 110
 PALETTE = 128  # colours of a figure, which is a third of the bytes of all
-MORE = "quilibrated Spectron has lower loss at the best learning rate, and more so above it"
-MESSAGES = {  # of the figures that are not at nano's own scale, or not in experiments.md
-    "momentum/nano-200x2048": "A momentum of 0.7 or 0.8 has the lowest loss; 0.95 is far above",
-    "momentum/nano-800x4096": "After 800 steps too 0.7 or 0.8 is best; all five are within 0.04 nats",
-    "table2/nano-imdb-bytes": "On IMDb too the loss is far higher without orthogonalization, but not "
-    "without renormalization", "equilibrated/nano": f"E{MORE}",
-    "equilibrated/nano-200x2048": f"With half the batch too, e{MORE}",
-    "equilibrated/nano-imdb-bytes-200x2048": f"On IMDb reviews too, e{MORE}",
-    "equilibrated/nano-7.3M": f"At a width of 384 too, e{MORE}", "equilibrated/nano-800x4096":
-    "After 800 steps equilibrated Spectron has clearly lower loss only above the best learning rate"}
 UNSEEN = 24  # of 255: how far a pixel may be from what it was, as where a fit ends a digit elsewhere
 
 
@@ -50,7 +40,6 @@ def read_json(path: Path):
 def save(fig, path: Path, message: str, setting: str) -> None:
     """Write a figure as PNG, with the message as its title and one legend for all axes."""
     width = fig.get_figwidth()
-    message = MESSAGES.get(f"{path.parent.parent.name}/{path.parent.name}", message)
     if curves := {label: curve for ax in fig.axes for curve, label in zip(*ax.get_legend_handles_labels())}:
         curves = dict(sorted(curves.items(), key=lambda item: item[0].startswith("final")))
         columns = columns_for(list(curves), width)

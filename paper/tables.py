@@ -9,7 +9,7 @@ from paper import draw, runs
 from paper.methods import METHODS
 from paper.experiments import EXPERIMENTS, SAID, gap, methods_and_scale, outcomes_of
 from paper.output import markdown, save, write
-from paper.runs import RESULTS, Run, Scale, log_of
+from paper.runs import RESULTS, Run, Scale
 
 TASKS, EVALS = ("hellaswag", "piqa", "arc_easy"), Path("data/evals")
 
@@ -67,23 +67,22 @@ def norms(found) -> str:
     return markdown(head, rows)
 
 
-def step_ratios(low, dense) -> str:
+def step_ratios(found, scale: Scale) -> str:
     """Figure 2's ratio of the two steps of W."""
-    rows = []
-    for log, label in ((dense.logs[0], f"each at its best lr ({low.lr:g}, {dense.lr:g})"),
-                       (log_of(Run(dense.method, low.lr), runs.scale_of("nano")), f"both at {low.lr:g}")):
-        if log:
-            ratios = [ratio for _, ratio in draw.ratios(low.logs[0], log, "dW")]
-            rows.append([label, f"{statistics.median(ratios):.1f}", f"{max(ratios):.1f}", "10 to 30"])
-    return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], rows)
+    low, dense = found
+    rows = {f"each at its best lr ({low.lr:g}, {dense.lr:g})": draw.ratios(low.logs[0], dense.logs[0], "dW")}
+    rows |= {f"both at {lr:g}": points for lr, points in draw.step_ratios(found, scale).items()}
+    return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], [
+        [label, f"{statistics.median(values):.1f}", f"{max(values):.1f}", "10 to 30"]
+        for label, points in rows.items() for values in [[ratio for _, ratio in points]]])
 
 
-def all_tables(name: str, found) -> str:
+def all_tables(name: str, found, scale: Scale) -> str:
     parts = [table(name, found)]
     if name in ("fig2", "fig3"):
         parts.append(norms(found))
     if name == "fig2" and all(o.logs for o in found):
-        parts.append(step_ratios(*found))
+        parts.append(step_ratios(found, scale))
     return "\n".join(filter(None, [*parts, differences(name, found)]))
 
 
@@ -127,7 +126,7 @@ def report(name: str, scale: Scale) -> None:
         f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in o.grid.items())
         for o in found)
     write(where / "table.md", f"# {said['title']}\n\n{setting(scale, found)}. "
-          f"`{runs.reproduce(name, scale)}`\n\n{all_tables(name, found)}\n{said['note']}\n\n"
+          f"`{runs.reproduce(name, scale)}`\n\n{all_tables(name, found, scale)}\n{said['note']}\n\n"
           f"Every learning rate (seed 0):\n\n{every}\n\n"
           "![figure](figure.png)\n")
     lost = [o.label for o in found if not o.logs]
