@@ -111,8 +111,8 @@ FLAGS_BY_TOPIC = {
                + flags.learning_rates(METHODS)),
         "orthogonalize": (bool, True, "spectron: Newton-Schulz on each factor's momentum"),
         "renormalize": (bool, True, "spectron: divide lr by sigma_A + sigma_B + 1"),
-        "adam_lr": (number(), None, "AdamW's for embedding, head and norms: 0.003; with --no-renormalize\n"
-                    "0.01; at nano 0.03 where it trains the block matrices, too"),
+        "adam_lr": (number(), None, "AdamW's for embedding, head and norms: 0.003; of Muon on the\n"
+                    "factors 0.01; at nano 0.03 where Adam or a guide trains the block matrices"),
         "muon_lr": (number(), 0.02, "spectron with --factorize ffn: Muon's for the dense matrices"),
         "momentum": (number(below=1), 0.95, "of spectron and Muon, in [0, 1)"),
         "nesterov": (bool, True, "Nesterov momentum; --no-nesterov is Algorithm 1 to the letter"),

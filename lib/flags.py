@@ -53,6 +53,8 @@ def parse(doc: str, groups: dict, nano: dict, argv) -> dict:
             shown = {True: "on", False: "off"}[default] if kind is bool and default is not None else default
             if default not in (None, {}):
                 text += f" ({shown}; nano {nano[name]})" if name in nano else f" ({shown})"
+            elif name in nano:
+                text += f"; nano {nano[name]}"
             group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **reading(name, kind))
     group = parser.add_argument_group("what to do")
     for name, text, more in (

@@ -46,10 +46,10 @@ def unit(found) -> str:
     return plot.unit([log.config for o in found for log in o.logs[:1]])
 
 
-def panels(count: int, width: float = 9.5, height: float = 4.2, rows: int = 1, **more):
+def panels(count: int, width: float = 9.5, height: float = 4.2, **more):
     fig = new_figure(width, height)
     fig.suptitle(" \n ", fontsize=11.5)  # the room of what output.save writes there
-    axes = list(fig.subplots(rows, count // rows, squeeze=False, **more).flat)
+    axes = list(fig.subplots(1, count, squeeze=False, **more).flat)
     for ax in axes:
         ax.grid(alpha=0.25)
     return fig, axes
@@ -296,7 +296,7 @@ def figure2(found, scale):
     low, dense = found
     matrix = low.logs[0].config["spectra_of"]
     left.set(xlabel="step", ylabel=rf"$\|\Delta W\|_2$ of {matrix}", yscale="log")
-    right.plot(*zip(*ratios(low.logs[0], dense.logs[0], "dW")), color=BLUE, lw=1.6,
+    right.plot(*zip(*ratios(low.logs[0], dense.logs[0])), color=BLUE, lw=1.6,
                label="ratio, each at its best learning rate")
     above = {lr: found for lr, found in step_ratios(found, scale).items() if lr > max(low.lr, dense.lr)}
     for (lr, points), colour in zip(above.items(), (SKY, ORANGE, RED)):
@@ -310,16 +310,16 @@ def figure2(found, scale):
     return fig
 
 
-def ratios(log, other, key: str) -> list[tuple]:
-    """Without the last step, whose learning rate is nearly zero."""
-    there = dict(other.points(key)[:-1])
-    return [(step, value / there[step]) for step, value in log.points(key) if there.get(step)]
+def ratios(log, other) -> list[tuple]:
+    """||dW||_2 over the other's, by step, without the last one, whose learning rate is nearly zero."""
+    there = dict(other.points("dW")[:-1])
+    return [(step, dW / there[step]) for step, dW in log.points("dW") if there.get(step)]
 
 
 def step_ratios(found, scale) -> dict[float, list[tuple]]:
     """By learning rate that both methods had: ||dW||_2 of the first over that of the second, seed 0."""
     pairs = {lr: [log_of(Run(o.method, lr), scale) for o in found] for lr in found[0].grid}
-    return {lr: ratios(low, dense, "dW") for lr, (low, dense) in pairs.items() if low and dense}
+    return {lr: ratios(low, dense) for lr, (low, dense) in pairs.items() if low and dense}
 
 
 def figure3(found, scale):

@@ -17,7 +17,7 @@ from lib.checkpoints import load_checkpoint, load_model
 from lib.cli import Parser, command
 from lib.methods import block_matrices
 from paper import draw, runs
-from paper.experiments import gap, outcomes_of
+from paper.experiments import SAID, gap, outcomes_of
 from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import RESULTS
 from paper.tables import gap_cells, prepare, report
@@ -34,9 +34,10 @@ SETTINGS = {label: runs.scale_of(**{"scale": "nano"} | given) for label, given i
 def table(found: dict) -> str:
     head = ["", "steps x tokens", "lr", "Spectron", "lr", "equilibrated", "difference", "95% interval",
             "seeds", "lr within 5%", "FLOPs of each"]
-    rows = [[label, f"{SETTINGS[label].steps} x {SETTINGS[label].tokens_per_step:,}", f"{plain.lr:g}",
-             str(plain), f"{even.lr:g}", str(even), *gap_cells(plain, even), f"{plain.width}, {even.width}",
-             f"{plain.flops:.2e}"] for label, (plain, even) in found.items()]
+    rows = [[f"[{label}]({scale.name}/table.md)", f"{scale.steps} x {scale.tokens_per_step:,}",
+             f"{plain.lr:g}", str(plain), f"{even.lr:g}", str(even), *gap_cells(plain, even),
+             f"{plain.width}, {even.width}", f"{plain.flops:.2e}"]
+            for (label, (plain, even)), scale in zip(found.items(), SETTINGS.values())]
     return markdown(head, rows)
 
 
@@ -141,8 +142,7 @@ def everywhere(again: bool = False) -> None:
     write(WHERE / "README.md", "# Equilibrated Spectron in every setting\n\n`python -m paper.reproduce "
           f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n"
           + Path(__file__).with_name("ideas.md").read_text("utf-8"))
-    save(figure(found), WHERE / "figure.png",
-         "Equilibrated Spectron has lower loss in all settings of 200 steps; after 800 no gain is certain",
+    save(figure(found), WHERE / "figure.png", SAID["equilibrated"]["message"],
          "Size nano where not said; the colours are those of the settings at the left")
     if again or not (WHERE / "rows.json").is_file():
         write_json(WHERE / "rows.json", measure(Path("out/paper/rows")))

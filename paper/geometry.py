@@ -295,8 +295,8 @@ def report() -> None:
                 for method, seeds in found.items()]
         parts += [f"## {name.capitalize()}\n", markdown(["", *keys], rows), f"![{name}]({name}.png)\n"]
         save(figure(found, name), WHERE / f"{name}.png", SAID[name]["message"], f"nano, {STEPS} steps, each "
-             f"method at its best learning rate; mean and standard deviation of {SEEDS} seeds after the last "
-             f"step, grey: earlier, each {KEPT} steps")
+             "method at its best learning rate (ReLoRA at 0.002, an older schedule); mean and standard "
+             f"deviation of {SEEDS} seeds after the last step, grey: earlier, each {KEPT} steps")
     parts += ["## Barriers between methods, seed 0\n", barriers()]
     write(WHERE / "table.md", "\n".join(parts))
     print(f"{WHERE}/table.md and a figure for each dimension")

@@ -21,7 +21,7 @@ from lib.methods import count_parameters, flops_per_token, split_parameters
 from model import NANO_SIZES, SIZES, Llama, LlamaConfig
 from paper import laws, logs, runs
 from paper.methods import METHODS, Method
-from paper.laws import Law, Points
+from paper.laws import STUDIES, Law, Points
 from paper.output import markdown
 from paper.runs import Run, Scale
 
@@ -241,7 +241,7 @@ def lowest(points: Points, budgets) -> np.ndarray:
     return np.array([found.get(C, np.nan) for C in budgets])
 
 
-def gaps(low: Points, dense: Points, budgets, sigmas, times: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def gaps(low: Points, dense: Points, budgets, sigmas, times: int = STUDIES) -> tuple[np.ndarray, np.ndarray]:
     """How much higher the best dense model ends than the best low-rank one at each budget, and the 95%
     interval (2, budgets) from fits to losses that have the seeds' noise added once more; sigmas has it for
     both kinds at each budget."""

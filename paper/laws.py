@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 DELTA = 1e-3  # of the Huber loss, in log L
+STUDIES = 400  # bootstraps, and simulated studies
 PAPER = dict(E=1.777, A=1000.0, B=1000.0, alpha=0.398, beta=0.332)  # Eqs. 21 to 23
 LEAST = np.array([-30, -30, np.log(0.01), 0.02, 0.02])  # of log A, log B, log E, alpha, beta
 MOST = np.array([30, 30, 30, 2.0, 2.0])
@@ -163,14 +164,14 @@ def interval(values) -> tuple[float, float]:
     return tuple(np.nanpercentile(np.asarray(values, float), [2.5, 97.5]))
 
 
-def bootstrap(points: Points, budgets, times: int = 400) -> tuple[list[float], list[Law]]:
+def bootstrap(points: Points, budgets, times: int = STUDIES) -> tuple[list[float], list[Law]]:
     """Approach 2's exponents and Approach 3's laws, over runs drawn again with replacement in each budget."""
     counts = drawn_again(points, budgets, times)
     second = [isoflop(repeated(points, count), budgets) for count in counts]
     return second, fit_law(points, counts, start=fit_law(points))
 
 
-def drawn_again(points: Points, budgets, times: int = 400) -> np.ndarray:
+def drawn_again(points: Points, budgets, times: int = STUDIES) -> np.ndarray:
     """(times, runs): how often each run counts in each study of the bootstrap."""
     generator, counts = np.random.default_rng(0), np.zeros((times, len(points)))
     for i in range(len(budgets)):
@@ -204,7 +205,7 @@ def design(budgets, sizes, law: Law) -> Points:
     return Points(N, C / (6 * N), C, law(N, C / (6 * N)))
 
 
-def simulate(points: Points, budgets, sigma: float, times: int = 400) -> np.ndarray:
+def simulate(points: Points, budgets, sigma: float, times: int = STUDIES) -> np.ndarray:
     """(times, 2): the exponents that the two approaches find when each run has noise of sigma nats."""
     noise = sigma * np.random.default_rng(0).standard_normal((times, len(points)))
     studies = replace(points, L=points.L + noise)

@@ -23,10 +23,10 @@ from lib.methods import count_parameters, flops_per_token
 from lib.norms import product_norm, spectral_norm
 from model import SIZES, Llama, LlamaConfig, rank_of
 from paper import logs, tuned
-from paper.draw import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, name_ticks, panels
+from paper.draw import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, name_ticks, panels, ratios
 from paper.methods import METHODS, SHAPES
 from paper.output import read_json, save, write_json
-from spectron import Spectron, newton_schulz, power_iteration
+from spectron import Spectron, power_iteration
 from tools import machine, prepare
 
 PICTURES, RUNS = Path("docs/lesson"), Path("results/runs/nano.jsonl")
@@ -118,9 +118,7 @@ SAME_LR = {"with renormalization": "spectron-lr0.2-seed0",
 
 def low_over_dense(lr: float) -> list[tuple]:
     """(step, ||dW|| of the low-rank matrix over that of the dense one), both with AdamW."""
-    low, full = (log(f"{method}-lr{lr:g}-seed0") for method in ("adamw", "dense-adamw"))
-    full = dict(without_last(full, "dW"))
-    return [(step, dW / full[step]) for step, dW in without_last(low, "dW") if step in full]
+    return ratios(*(log(f"{method}-lr{lr:g}-seed0") for method in ("adamw", "dense-adamw")))
 
 
 def draw_jump():
@@ -164,7 +162,7 @@ def reached() -> dict:
 
 
 def draw_newton_schulz():
-    fig, (left, right) = panels(2, 9.5, 3.8, sharey=True)
+    (fig, (left, right)), ends = panels(2, 9.5, 3.8, sharey=True), reached()
     x = torch.logspace(-4, 0, 2000, dtype=torch.float64)
     for steps, colour in zip(range(6), (GREY, ORANGE, GREEN, SKY, RED, BLUE)):
         label = f"{steps} steps" if steps != 1 else "1 step"
@@ -173,11 +171,12 @@ def draw_newton_schulz():
         right.plot(range(1, 65), values.sort(descending=True).values, color=colour, marker=".", ms=4,
                    lw=2.2 if steps == 5 else 1)
     for ax in (left, right):
-        ax.axhspan(0.68, 1.13, color=BLUE, alpha=0.1, lw=0)
+        ax.axhspan(ends["least"], ends["most"], color=BLUE, alpha=0.1, lw=0)
     caption(right, "one matrix with singular values from 1 to 0.001, over its Frobenius norm")
     left.set(xscale="log", xlabel="singular value before", ylabel="after")
     right.set(xlabel="singular values of one matrix, the largest first")
-    return fig, "Five steps lift every singular value above 0.01 to between 0.68 and 1.13", \
+    return fig, "Five steps lift every singular value above 0.01 to between " \
+        f"{ends['least']:.2f} and {ends['most']:.2f}", \
         "the polynomial, applied 0 to 5 times"
 
 
@@ -271,8 +270,9 @@ RADII = {"eta / (sigma_A + sigma_B + 1)": ("spectron-lr0.2-seed0", RUNS),
          "eta / (sigma_A + sigma_B)": ("no1-lr0.2-seed0", NO_ONE)}
 
 
-def extremes(run: logs.Log, key: str = "gauge") -> tuple[float, float]:
-    values = [value for _, value in run.points(key)]
+def extremes(run: logs.Log) -> tuple[float, float]:
+    """Of the gauge."""
+    values = [value for _, value in run.points("gauge")]
     return min(values), max(values)
 
 
@@ -316,10 +316,10 @@ def aligned(size: float, grow: bool = True, r: int = 8) -> list[torch.nn.Paramet
     return pair
 
 
-def step_of(pair, kind=Spectron, eta: float = ETA, **settings) -> torch.Tensor:
+def step_of(pair, kind=Spectron, **settings) -> torch.Tensor:
     """dW, in two factors, of one step of a pair that has gradients."""
     old = [p.detach().clone() for p in pair]
-    kind([tuple(pair)], lr=eta, momentum=0.0, **settings).step()
+    kind([tuple(pair)], lr=ETA, momentum=0.0, **settings).step()
     (A0, B0), (A, B) = old, (p.detach() for p in pair)
     return torch.cat([A - A0, A], 1), torch.cat([B0, B - B0], 1)
 
@@ -327,8 +327,8 @@ def step_of(pair, kind=Spectron, eta: float = ETA, **settings) -> torch.Tensor:
 @cache
 def gauges() -> dict[str, float]:
     """||dW|| / eta of pairs that are as unlucky as can be."""
-    def gauge(size, *args, grow=True, eta=ETA, **more):
-        return float(product_norm(*step_of(aligned(size, grow), *args, eta=eta, **more))) / eta
+    def gauge(size, *args, grow=True, **more):
+        return float(product_norm(*step_of(aligned(size, grow), *args, **more))) / ETA
     return {"exact polar factors": gauge(100, Exact),
             "five Newton-Schulz steps": gauge(100),
             "five steps in bfloat16": gauge(100, ns_dtype=torch.bfloat16),

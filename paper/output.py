@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
+from PIL.PngImagePlugin import PngInfo
 
 from lib.files import replacing
 
@@ -54,10 +55,12 @@ def save(fig, path: Path, message: str, setting: str) -> None:
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", dpi=DPI)
     picture = Image.open(drawn).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE)
-    if not looks_like(picture, path):
+    if not looks_like(picture, path, message):
         path.parent.mkdir(parents=True, exist_ok=True)
+        words = PngInfo()
+        words.add_text("Title", message)
         with replacing(path) as file:
-            picture.save(file, "PNG", optimize=True)
+            picture.save(file, "PNG", optimize=True, pnginfo=words)
 
 
 def columns_for(labels: list[str], inches: float) -> int:
@@ -68,12 +71,12 @@ def columns_for(labels: list[str], inches: float) -> int:
     return next((columns for columns in (5, 4, 3, 2) if width(columns) < inches), 1)
 
 
-def looks_like(picture: Image.Image, path: Path) -> bool:
+def looks_like(picture: Image.Image, path: Path, message: str) -> bool:
     """Whether a file shows the same to every eye: another machine's rounding does not change it then."""
     try:
         with Image.open(path) as file:
-            there, here = file.convert("RGB"), picture.convert("RGB")
+            there, here, title = file.convert("RGB"), picture.convert("RGB"), file.info.get("Title")
     except OSError:  # none, or no picture
         return False
-    return there.size == here.size and all(
+    return title == message and there.size == here.size and all(
         high <= UNSEEN for _, high in ImageChops.difference(there, here).getextrema())

@@ -1,23 +1,24 @@
 """The paper's tables and figures, one command each.
 
-    python -m paper.reproduce table2                 at nano, on the offline corpus
-    python -m paper.reproduce all --scale nano       all that two cores can do: hours, and it may be stopped
+    python -m paper.reproduce table2                 its committed pages, at nano
+    python -m paper.reproduce all                    every page of results/README.md but geometry's
     python -m paper.reproduce fig3 --scale S         at the paper's size, on what GPUs there are
     python -m paper.reproduce report                 results/README.md, which lists them, and its figure
 
 table1 has figures 4 and 14a too, table2 10, table3 11, fig5 1, isoflop 8 and 9, and parametric appendix D.
 Each writes results/NAME/<scale>/: table.md and figure.png. The logs behind them are in results/runs: a run
-that is there is not made again, so that after a clone everything can be drawn without training.
+that is there is not made again, so that after a clone all of this is drawn without training. A flag asks for
+another page, whose runs are trained first: hours, which may be stopped.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from lib.cli import Parser, command, positive
+from lib.cli import Parser, UserError, command, positive
 from lib.methods import count_parameters
-from model import ALIASES, SIZES
+from model import ALIASES, NANO_SIZES, SIZES
 from paper import draw, equilibrated, one_gpu, runs, scaling, tuned
-from paper.experiments import EXPERIMENTS, PAPER, SAID, outcomes_of
+from paper.experiments import EXPERIMENTS, PAPER, SAID, T95, outcomes_of
 from paper.output import markdown, write
 from paper.runs import RESULTS
 from paper.tables import prepare, report, words
@@ -27,14 +28,14 @@ COUNTS = {"table4": ("Table 4: the three main models", list(ALIASES.values())),
 IMDB = {"data": "data/imdb-bytes", "lrs": 3}
 REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{}], "table2": [{}, IMDB],
           "table3": [{}], "fig2": [{}], "fig3": [{}], "fig5": [{}], "fig6": [{}], "fig12": [{}],
-          "fig13": [{}], "adam_lr": [{}], "equilibrated-tuned": [{}],
-          "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # and their scales, at nano
+          "fig13": [{}], "adam_lr": [{}], "equilibrated-tuned": [{"seeds": 5}],
+          "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # the scales of their pages
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
           "shapes": ("shapes/table.md", "shapes/figure.png"),
           "norms": ("norms/table.md", ""), "lengths": ("lengths/table.md", ""),
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
-          "parametric": ("parametric/table.md", "parametric/precision.png"),
-          "geometry": ("geometry/README.md", "geometry/spectra.png"), "counts": ("table4/table.md", "")}
+          "parametric": ("parametric/table.md", "isoflop/figure8.png"),
+          "geometry": ("geometry/README.md", "geometry/spectra.png"), "table4": ("table4/table.md", "")}
 
 
 def counts(name: str) -> str:
@@ -75,7 +76,7 @@ def main(argv=None):
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", default="nano", choices=list(SIZES), metavar="SIZE",
                         help="nano, S, M, L, or any --size of train.py (nano)")
-    parser.add_argument("--seeds", type=positive, help="runs at the best lr (3; of equilibrated-tuned 5)")
+    parser.add_argument("--seeds", type=positive, help="runs at the best lr (3)")
     parser.add_argument("--lrs", type=positive, help="learning rates of each method (6 at nano, 3 above)")
     parser.add_argument("--data", help="token shards (those of train.py)")
     parser.add_argument("--steps", type=positive,
@@ -83,33 +84,46 @@ def main(argv=None):
     parser.add_argument("--tokens_per_step", type=positive, help="tokens of a step (those of train.py)")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and end")
     args = parser.parse_args(argv)
-    if args.name == "report":
+    plain = vars(args) == vars(parser.parse_args([args.name]))  # no flag was given
+    if args.name not in (*EXPERIMENTS, "all") and not plain:
+        raise UserError(f"{args.name} takes no flags: python -m paper.reproduce {args.name}")
+    if args.name not in (*EXPERIMENTS, "all") or args.name == "equilibrated" and plain:
+        return redraw(args.name)
+    if args.seeds and args.seeds > max(T95):
+        raise UserError(f"--seeds {args.seeds}: at most {max(T95)}")
+    given = {key: getattr(args, key) for key in ("data", "steps", "tokens_per_step", "lrs", "seeds")
+             if getattr(args, key)}
+    for name in [name for name in EXPERIMENTS if args.name in (name, "all")]:
+        if name == "fig7" and args.scale in NANO_SIZES:
+            print("fig7, and table1's task columns, are not run at nano, where every model is at chance; "
+                  "they are at --scale S and above")
+            continue
+        own = REPORT.get(name, [{}]) if args.scale == "nano" and not given else [given]
+        for scale in [runs.scale_of(args.scale, **more) for more in own]:
+            prepare(name, scale, args.dry_run)
+            if not args.dry_run:
+                report(name, scale)
+    if args.name == "all" and plain:
+        for name in ("equilibrated", *COUNTS, *scaling.PARTS, *tuned.PARTS, "report"):
+            redraw(name)
+
+
+def redraw(name: str) -> None:
+    """What is not a comparison of methods at one scale."""
+    if name == "report":
         write(RESULTS / "README.md", index())
         draw.readme_figure(outcomes_of("fig3", runs.scale_of("nano")))
         draw.first_run_figure()
-        return print(f"{RESULTS}/README.md, readme.png, first-run.png")
-    for name in COUNTS:
-        if args.name == name or args.name == "all" and not args.dry_run:
-            write(RESULTS / name / "table.md", counts(name))
-            print(f"{RESULTS / name}/table.md")
-    if args.name == "one_gpu":
-        return one_gpu.main(["--report"])
-    for module in scaling, tuned:
-        if args.name in module.PARTS:
-            return module.main([args.name])
-    if args.name == "equilibrated" and vars(args) == vars(parser.parse_args([args.name])):
-        return equilibrated.everywhere()
-    seeds = args.seeds or (5 if args.name == "equilibrated-tuned" else 3)
-    scale = runs.scale_of(args.scale, args.data, args.steps, args.tokens_per_step, args.lrs, seeds)
-    wanted = [name for name in EXPERIMENTS if args.name in (name, "all")]
-    if scale.nano and "fig7" in wanted:
-        print("fig7, and table1's task columns, are not run at nano, where every model is at chance; they "
-              "are at --scale S and above")
-        wanted.remove("fig7")
-    for name in wanted:
-        prepare(name, scale, args.dry_run)
-        if not args.dry_run:
-            report(name, scale)
+        print(f"{RESULTS}/README.md, readme.png, first-run.png")
+    elif name in COUNTS:
+        write(RESULTS / name / "table.md", counts(name))
+        print(f"{RESULTS / name}/table.md")
+    elif name == "one_gpu":
+        one_gpu.main(["--report"])
+    elif name == "equilibrated":
+        equilibrated.everywhere()
+    else:
+        (scaling if name in scaling.PARTS else tuned).main([name])
 
 
 if __name__ == "__main__":

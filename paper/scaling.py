@@ -16,10 +16,11 @@ import numpy as np
 from lib.cli import Parser, command, number
 from model import SIZES
 from paper import draw, isoflop
+from paper.experiments import SAID
 from paper.isoflop import (BASE, BUDGETS, CHECKED, CHOICES, GRID, KINDS, PAPER_BUDGETS, TIMES, gaps, kept,
                            noise, papers_design, points_of, rows_of, swept)
-from paper.laws import (PAPER, Law, Points, bootstrap, fit_law, interval, power_law, profiles, simulate,
-                        without_a_minimum, without_each)
+from paper.laws import (PAPER, STUDIES, Law, Points, bootstrap, fit_law, interval, power_law, profiles,
+                        simulate, without_a_minimum, without_each)
 from paper.laws import isoflop as exponent_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS
@@ -53,7 +54,7 @@ def isoflop_table(rows, points, budgets, gap, low, high) -> str:
             ["FLOPs", "runs", "sizes", "N at the minimum", "tokens there", "loss there",
              "the optimizer's FLOPs beside them", "sd between seeds (nats)"], minima),
                   exponents(points[kind], budgets[kind]),
-                  f"In {without_a_minimum(points[kind], budgets[kind]):.0%} of the 400 bootstraps some "
+                  f"In {without_a_minimum(points[kind], budgets[kind]):.0%} of the {STUDIES} bootstraps some "
                   "budget has no minimum, and the parabolas do without it.\n"]
     parts += [f"a, low-rank minus dense: {difference(points, budgets)}.\n",
               "## The best dense model minus the best low-rank one\n", markdown(
@@ -224,7 +225,7 @@ def precision_figure(spreads: dict):
         ax.axvline(0.49, color="0.2", ls=":", lw=1.4, label="Chinchilla's 0.49")
         ax.set(xlabel=f"exponent of N_opt, by the {name}", xlim=(0.36, 0.56),
                xticks=(0.4, 0.45, 0.5, 0.55))
-    axes[0].set_ylabel("of 400 simulated studies")
+    axes[0].set_ylabel(f"of {STUDIES} simulated studies")
     return fig
 
 
@@ -244,10 +245,9 @@ def write_isoflop(count: str = "total", flops: str = "executed") -> None:
           "[Every run](runs.csv)\n\n![profiles](figure9.png)\n![optima](figure8.png)\n![gap](gap.png)\n")
     save(figure9(points, budgets), where / "figure9.png",
          "At each budget one size is best, and it grows with the compute", SETTING)
-    save(figure8(points, budgets), where / "figure8.png", "Best sizes grow more slowly than the root of "
-         "compute: dense surely, low-rank probably", SETTING)
-    save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png",
-         "At equal FLOPs and its best size, dense has the lower loss", SETTING)
+    save(figure8(points, budgets), where / "figure8.png", SAID["parametric"]["message"], SETTING)
+    save(gap_figure(budgets["spectron"], gap, low, high), where / "gap.png", SAID["isoflop"]["message"],
+         SETTING)
     print(f"{where}/table.md, runs.csv, figure8.png, figure9.png, gap.png")
 
 
@@ -265,7 +265,7 @@ def conventions() -> str:
 def write_parametric(count: str = "total", flops: str = "executed") -> None:
     _, points, budgets = collected(count, flops)
     table = (f"# L = E + A / N^alpha + B / D^beta\n\n{SETTING}. N {count}. "
-             "`python -m paper.scaling parametric`. In brackets the middle 95% of 400 bootstraps.\n\n"
+             f"`python -m paper.scaling parametric`. In brackets the middle 95% of {STUDIES} bootstraps.\n\n"
              f"{laws_table(points, budgets)}\n")
     if (count, flops) != ("total", "executed"):
         return print(table)
@@ -275,14 +275,15 @@ def write_parametric(count: str = "total", flops: str = "executed") -> None:
         [f"{sigma:g}", *(f"{np.nanmean(x):.3f} ± {np.nanstd(x):.3f}" for x in found.T)]
         for sigma, found in spreads.items()])
     write(where / "table.md", f"{table}![residuals](residuals.png)\n\n"
-          f"## What the paper's design can tell\n\n400 studies of the {len(design)} runs that the public "
-          f"code lists, with the paper's own law as the truth, whose a is {Law(**PAPER).exponent:.3f}.\n\n"
+          f"## What the paper's design can tell\n\n{STUDIES} studies of the {len(design)} runs that the "
+          "public code lists, with the paper's own law as the truth, whose a is "
+          f"{Law(**PAPER).exponent:.3f}.\n\n"
           f"{precision}\n![precision](precision.png)\n")
     save(residuals_figure(points), where / "residuals.png",
          "The fitted law misses a run by 0.02 (dense) or 0.04 nats (rms), as much as seeds differ", SETTING)
     save(precision_figure(spreads), where / "precision.png",
          "With 0.01 nats of noise the paper's design cannot tell 0.479 from 0.49",
-         f"400 simulated studies of {len(design)} runs each, the paper's parametric law as the truth")
+         f"{STUDIES} simulated studies of {len(design)} runs each, the paper's parametric law as the truth")
     print(f"{where}/table.md, residuals.png, precision.png")
 
 

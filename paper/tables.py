@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lib.cli import UserError
 from paper import draw, runs
-from paper.methods import METHODS
 from paper.experiments import EXPERIMENTS, SAID, gap, methods_and_scale, outcomes_of
 from paper.output import markdown, save, write
 from paper.runs import RESULTS, Run, Scale
@@ -70,7 +69,7 @@ def norms(found) -> str:
 def step_ratios(found, scale: Scale) -> str:
     """Figure 2's ratio of the two steps of W."""
     low, dense = found
-    rows = {f"each at its best lr ({low.lr:g}, {dense.lr:g})": draw.ratios(low.logs[0], dense.logs[0], "dW")}
+    rows = {f"each at its best lr ({low.lr:g}, {dense.lr:g})": draw.ratios(low.logs[0], dense.logs[0])}
     rows |= {f"both at {lr:g}": points for lr, points in draw.step_ratios(found, scale).items()}
     return markdown(["‖dW‖₂, low-rank over dense", "median", "largest", "the paper"], [
         [label, f"{statistics.median(values):.1f}", f"{max(values):.1f}", "10 to 30"]

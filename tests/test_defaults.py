@@ -104,7 +104,7 @@ def test_help_has_the_defaults_of_every_corner(capsys):
         small, large = defaults(*flags), defaults("--size", "S", *flags)
         if small.lr != defaults().lr:
             assert f"{' '.join(flags)}: {small.lr:g}, {large.lr:g}\n" in text
-    assert "with --no-renormalize\n" in text
+    assert "0.003; of Muon on the factors 0.01; at nano 0.03 where" in " ".join(text.split())
 
 
 def test_a_run_that_goes_on_keeps_what_it_had(run):

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import train
 from conftest import ROOT, TINY
-from launch import FLOAT64, SHORT_END, Child, finished, ranks_of, train_on
+from launch import FLOAT64, Child, finished, ranks_of, train_on
 from lib.checkpoints import load_checkpoint, read_checkpoint
 from lib.cli import UserError
 from lib.files import lock

@@ -2,7 +2,7 @@
 traceback, no hang, no memory that grows.
 
     python -m pytest tests/test_fuzz.py              some hundred inputs of each kind
-    FUZZ=3000 python -m pytest tests/test_fuzz.py    so many of each (docs/FAULTS.md)
+    FUZZ=2500 python -m pytest tests/test_fuzz.py    so many of each (docs/FAULTS.md)
 """
 
 import contextlib

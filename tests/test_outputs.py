@@ -88,7 +88,7 @@ def test_the_number_of_shards_that_is_said_to_fit_does(tmp_path, fails, monkeypa
     assert fetched == ["fineweb_train_000003.bin", "fineweb_train_000004.bin"]
     free = download.SHARD_BYTES  # for the one of validation, and none to train on
     with pytest.raises(UserError) as caught:
-        download.fineweb(5, "fineweb10B", tmp_path / "other", "https://huggingface.co/none")
+        download.fineweb(5, tmp_path / "other", "https://huggingface.co/none")
     assert "fits" not in str(caught.value) and "larger disk" in str(caught.value)
 
 

@@ -1,7 +1,6 @@
 """tools/plan.py and tools/machine.py: what a run needs, and where it was made."""
 
 import os
-from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest

@@ -50,7 +50,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
-def fetch(url: str, path: Path, check, pause: float = 1.0, keep: bool = False,
+def fetch(url: str, path: Path, check, keep: bool = False,
           hint="Is --url right, and -n no larger than what is published?") -> None:
     """Download url to path, through path.part, which a later call goes on with. check(part) raises UserError
     for a bad file; hint is what to do about one that is not there. With `keep`, a file that was there stays,
@@ -86,8 +86,8 @@ def fetch(url: str, path: Path, check, pause: float = 1.0, keep: bool = False,
         progress = part.exists() and part.stat().st_size > before
         failures = 1 if progress else failures + 1
         if failures < ATTEMPTS:
-            say(f"\n{problem}; again in {pause * 2 ** (failures - 1):g} s", to="stderr")
-            time.sleep(pause * 2 ** (failures - 1))
+            say(f"\n{problem}; again in {2 ** (failures - 1)} s", to="stderr")
+            time.sleep(2 ** (failures - 1))
     raise UserError(f"{url}: gave up after {ATTEMPTS} tries; the last one: {problem}. The same command "
                     f"{'goes on from what has arrived' if part.exists() else 'tries again'}")
 
@@ -154,7 +154,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) -> None:
+def fineweb(count: int, out: Path, url: str) -> None:
     """The validation shard and `count` training shards in `out`; what is there and whole is left as it is."""
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
     out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def fineweb(count: int, corpus: str, out: Path, url: str, pause: float = 1.0) ->
                         + "name a directory on a larger disk with --out")
     for number, name in enumerate(missing, 1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
-        fetch(f"{url}/{name}", out / name, open_shard, pause)
+        fetch(f"{url}/{name}", out / name, open_shard)
     print(f"{out}: {count} training shards and one for validation. Train: torchrun --nproc_per_node=8 "
           f"train.py --size S --data {shlex.quote(str(out))}")
 
@@ -182,7 +182,7 @@ def _whole(path: Path, check=open_shard) -> bool:
     return False
 
 
-def evals(out: Path, url: str | None, pause: float = 1.0) -> None:
+def evals(out: Path, url: str | None) -> None:
     """The tasks' files in `out`; what is there and whole is left as it is. url stands for all publishers'."""
     out.mkdir(parents=True, exist_ok=True)
     for name, (base, lines, sha256) in EVALS.items():
@@ -194,12 +194,12 @@ def evals(out: Path, url: str | None, pause: float = 1.0) -> None:
         hint = (f"Has its publisher moved it? Name the address of a directory that has {name} with --url "
                 f"({ARC_ZIP} for ARC-Easy), or an --out that has it")
         if name != "ARC-Easy-Test.jsonl":
-            fetch(f"{url or base}/{name}", out / name, check, pause, True, hint)
+            fetch(f"{url or base}/{name}", out / name, check, True, hint)
             continue
         archive = out / ARC_ZIP
         fetched = not _whole(archive, _check_zip)
         if fetched:
-            fetch(f"{url or base}/{ARC_ZIP}", archive, _check_zip, pause, True, hint)
+            fetch(f"{url or base}/{ARC_ZIP}", archive, _check_zip, True, hint)
         part = out / f"{name}.part"
         part.write_bytes(zipfile.ZipFile(archive).read(ARC_MEMBER))
         check(part)
@@ -255,7 +255,7 @@ def main(argv=None):
         raise UserError(f"-n is {args.n}, and {args.corpus} has 1 to {SHARDS[args.corpus]} training shards"
                         + ("; --corpus fineweb100B has more" if args.corpus == "fineweb10B" and args.n > 0
                            else ""))
-    fineweb(args.n, args.corpus, out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
+    fineweb(args.n, out, (args.url or URL.format(corpus=args.corpus)).rstrip("/"))
 
 
 if __name__ == "__main__":
