@@ -7,9 +7,10 @@
 
 Each draws from the logs that are there. With --make it trains first what is missing, which takes hours and
 may be stopped. The search goes along one axis at a time (lr, adam_lr, ...), from a method's usual value to
-the best beside it, until none beside it is lower on any axis. adam_lr has more than one minimum, so two
-values of it are tried each time. The search reads seed 0, on half of the validation text where a log has
-halves; what is told is of other seeds, and of the other half.
+the best beside it, until none beside it is lower on any axis. adam_lr has more than one minimum, so two or
+three values of it are tried each time. The search reads seed 0, and in long runs a second seed of those that
+are near the best, on half of the validation text where a log has halves; what is told is of other seeds, and
+of the other half.
 """
 
 import math
@@ -30,19 +31,22 @@ from paper.runs import RESULTS, Run, Scale, log_of
 
 GRIDS = {"lr": runs.SERIES, "adam_lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
          "momentum": (0.3, 0.5, 0.7, 0.9, 0.95), "beta1": (0.7, 0.8, 0.9, 0.95, 0.98)}
-SWEPT = {"adam_lr": (3e-3, 1e-1)}  # tried at each visit, beside the neighbours
+NEAR = 0.02  # nats, about what seeds differ by
 FLAGS = {"adam_lr": "--adam_lr {:g}", "momentum": "--momentum {:g}",
          "beta1": "--method varied --method_args beta1={:g}"}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A method in a setting: its name, where its search starts, and the seeds that tell its loss."""
+    """A method in a setting: its name, where its search starts, the seeds that tell its loss, those that tune
+    it, and the values of adam_lr that are tried at each visit."""
     method: str
     start: dict
     scale: Scale
     axes: tuple = ("lr", "adam_lr")
     seeds: range = range(1, 5)
+    tuning: tuple = (0,)
+    adam_lrs: tuple = (3e-3, 1e-1)
 
     @cached_property
     def own(self) -> dict:
@@ -69,6 +73,11 @@ class Study:
             return log and math.inf
         return log.steps[-1]["halves"][half] if self.scale.halves else log.final_loss
 
+    def mean(self, point: dict, seeds: tuple) -> float:
+        """Of these seeds, as far as they were run."""
+        losses = [self.loss(point, seed) for seed in seeds]
+        return statistics.mean(loss for loss in losses if loss is not None)
+
     def beside(self, point: dict, axis: str) -> list[dict]:
         """The point, those beside it along one axis and those that are always tried; along momentum also with
         lr moved the other way, as the two trade off."""
@@ -76,27 +85,47 @@ class Study:
             place = GRIDS[axis].index(point[axis]) + by
             return {axis: GRIDS[axis][place]} if 0 <= place < len(GRIDS[axis]) else {}
         found = [point, *(point | moved(axis, by) for by in (-1, 1)),
-                 *(point | {axis: value} for value in SWEPT.get(axis, ()))]
+                 *(point | {axis: value} for value in self.adam_lrs * (axis == "adam_lr"))]
         if axis == "momentum":
             found += [point | moved(axis, by) | moved("lr", -by) for by in (-1, 1)]
         return found
 
     @property
-    def search(self) -> tuple[dict, list[dict], int]:
-        """(the best point so far, the points that have to be run to go on, how many were needed)."""
-        point, before, tried = self.start, None, {self.run(self.start)}
-        while point != before:
-            before = point
-            for axis in self.axes:
-                best = None
-                while point != best:
-                    point = best or point
-                    around = self.beside(point, axis)
-                    tried |= {self.run(p) for p in around}
-                    if missing := [p for p in around if self.loss(p) is None]:
+    def search(self) -> tuple[dict, list[Run], int]:
+        """(the best point so far, the runs that have to be made to go on, how many were needed)."""
+        point, tried = self.start, {self.run(self.start)}
+        for seeds in dict.fromkeys((self.tuning[:1], self.tuning)):  # first by one seed, from there by all
+            before = None
+            while point != before:
+                before = point
+                for axis in self.axes:
+                    point, missing = self.along(axis, point, seeds, tried)
+                    if missing:
                         return point, missing, len(tried)
-                    best = min(around, key=self.loss)
         return point, [], len(tried)
+
+    def along(self, axis: str, point: dict, seeds: tuple, tried: set) -> tuple[dict, list[Run]]:
+        """(the point with none lower beside it, or as far as the runs go; the runs that are missing)."""
+        best = None
+        while point != best:
+            point = best or point
+            around = self.beside(point, axis)
+            wanted = [self.run(p) for p in around]
+            if all(log_of(run, self.scale) for run in wanted):
+                near = self.near(around, seeds)
+                wanted += [self.run(p, seed) for p in around for seed in seeds[1:]
+                           if p in near or self.log(p, seed)]
+            tried |= {*wanted}
+            if missing := [run for run in wanted if not log_of(run, self.scale)]:
+                return point, missing
+            best = min(around, key=lambda p: self.mean(p, seeds))
+        return point, []
+
+    def near(self, around: list[dict], seeds: tuple) -> list[dict]:
+        """Those that one seed does not order: within NEAR of the lowest, where there is more than that."""
+        losses = {self.run(p): self.mean(p, seeds) for p in around}
+        near = [p for p in around if losses[self.run(p)] <= min(losses.values()) + NEAR]
+        return near if len({self.run(p) for p in near}) > 1 else []
 
     def at(self, lr: float) -> dict:
         return self.search[0] | {"lr": lr}
@@ -110,7 +139,7 @@ class Study:
     def wanted(self) -> list[Run]:
         """What the search needs; when it has ended, the seeds that tell."""
         point, missing, _ = self.search
-        return [self.run(p) for p in missing] or [self.run(point, seed) for seed in self.seeds]
+        return missing or [self.run(point, seed) for seed in self.seeds]
 
     def told(self) -> list[float]:
         """The losses of the best point on the seeds, and the half, that it was not chosen by."""
@@ -169,7 +198,7 @@ def shape_runs(method: str) -> list[Run]:
     """The search of every shape; then each shape, at its own adam_lr, at every lr between the best ones, with
     two seeds; then, with four others, at its best lr and at the one for all."""
     studies = of_shapes(method)
-    if left := [s.run(p) for s in studies for p in s.search[1]]:
+    if left := [run for s in studies for run in s.search[1]]:
         return left
     tuning = [s.run(s.at(lr), seed) for lr in lrs_between(studies) for s in studies for seed in (0, 1)]
     if any(not log_of(run, SHAPE) for run in tuning):
@@ -309,7 +338,8 @@ def of_length(scale: Scale, method: str) -> Study:
     axes, start = STARTS[method]
     study = Study(method, start, SHORT, axes, SEEDS[200])
     for longer, axes in ((LONG, ("lr", "adam_lr")), (LONGER, ("lr",)))[:(SHORT, LONG, LONGER).index(scale)]:
-        study = replace(study, start=study.search[0], scale=longer, axes=axes, seeds=SEEDS[longer.steps])
+        study = replace(study, start=study.search[0], scale=longer, axes=axes, seeds=SEEDS[longer.steps],
+                        tuning=(0, 5), adam_lrs=(3e-3, 3e-2, 1e-1))
     return study
 
 
@@ -329,17 +359,18 @@ def lengths_page(stages: list) -> str:
         point, _, tried = s.search
         flops, seconds = (s.used(key) / first.used(key) for key in ("flops", "seconds"))
         rows.append([f"{scale.steps:,}", METHODS[method].label,
-                     ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried), f"{s.loss(point):.3f}",
-                     f"1 to {s.seeds[-1]}",
+                     ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried),
+                     f"{s.mean(point, s.tuning):.3f}", f"1 to {s.seeds[-1]}",
                      f"{statistics.mean(s.told()):.3f} ± {statistics.stdev(s.told()):.3f}",
                      "" if s == first else over(scale, method), f"{flops:.2f}", f"{seconds:.2f}",
                      *divisors(s, point)])
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext: after 200 steps lr, adam_lr and "
             "momentum or beta1, after 800 lr and adam_lr, after 1,600 lr, each from\nthe best of the length "
-            "before. Losses are of other seeds and the other half, in nats per byte, ± a standard\n"
-            "deviation; of a difference, seeds paired, ± the 95% interval, without the noise of tuning. "
-            "Seconds are\nmedians, two runs side by side on two CPU cores. "
+            f"before; in these, those within {NEAR} of the best also with seed 5. Losses are of other\nseeds "
+            "and the other half, in nats per byte, ± a standard deviation; of a difference, seeds paired, ± "
+            "the\n95% interval, without the noise of tuning. Seconds are medians, two runs side by side on two"
+            "\nCPU cores. "
             "`python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))

@@ -70,6 +70,17 @@ def test_a_diverged_run_is_no_minimum(made_up):
     assert finish(study)[0] == dict(lr=0.2) and study.loss(dict(lr=0.5)) == math.inf
 
 
+def test_what_one_seed_does_not_order_is_tuned_by_two(made_up):
+    study = tuned.Study("spectron", dict(lr=0.5), tuned.SHORT, ("lr",), tuning=(0, 5))
+    for lr, seed, loss in (0.5, 0, 1.50), (0.2, 0, 1.51), (0.5, 5, 1.60), (0.2, 5, 1.50):
+        logs.add(runs.pack_of(tuned.SHORT), study.run(dict(lr=lr), seed).name, [
+            {"config": {"steps": 5, "model": {"vocab_size": 320}}}, {"step": 5, "val_loss": loss,
+                                                                    "halves": [loss, loss]}])
+    point, missing, tried = finish(study)
+    assert point == dict(lr=0.2) and not missing and tried == 6
+    assert {(run.lr, run.seed) for run in made_up if run.seed == 0} == {(1.0, 0), (0.1, 0)}
+
+
 @pytest.mark.parametrize("name", tuned.PARTS)
 def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_up, name, fails):
     before = tuned.plan(name, 1e10)
