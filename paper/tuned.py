@@ -369,8 +369,8 @@ def lengths_page(stages: list) -> str:
             "momentum or beta1, after 800 lr and adam_lr, after 1,600 lr, each from\nthe best of the length "
             f"before; in these, those within {NEAR} of the best also with seed 5. Losses are of other\nseeds "
             "and the other half, in nats per byte, ± a standard deviation; of a difference, seeds paired, ± "
-            "the\n95% interval, without the noise of tuning. Seconds are medians, two runs side by side on two"
-            "\nCPU cores. "
+            "the\n95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
+            "two\nCPU cores. "
             "`python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
                         "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows))
