@@ -207,6 +207,19 @@ def loss_over_lr_of_shapes(curves: dict):
     return fig
 
 
+def over_spectron(gaps: dict):
+    """A row for each method, from label -> steps -> (mean, half the 95% interval) of a difference."""
+    fig, (ax,) = panels(1, 8, 1.3 + 0.42 * len(gaps))
+    for row, by_steps in enumerate(gaps.values()):
+        for i, (steps, (mean, half)) in enumerate(by_steps.items()):
+            ax.errorbar(mean, row + 0.22 * (i - 1), xerr=half, fmt="osD"[i], ms=5, capsize=3,
+                        color=(SKY, BLUE, BLACK)[i], label=f"{steps:,} steps")
+    ax.axvline(0, color="0.5", lw=0.8)
+    ax.set(yticks=range(len(gaps)), yticklabels=[*gaps], ylim=(len(gaps) - 0.4, -0.6),
+           xlabel="final loss minus Spectron's (nats per byte; mean and 95% interval)")
+    return fig
+
+
 def loss_over_adam_lr(found, scale):
     """A row for each method: the loss at its best adam_lr, and how far above it ends at the others."""
     by_name, rows = {o.method: o for o in found}, {}

@@ -32,7 +32,7 @@ REPORT = {"methods": [{}], "methods-flops": [{}], "settings": [{}], "table1": [{
           "momentum": [{"steps": 800}, {"steps": 200, "tokens_per_step": 2048}]}  # the scales of their pages
 OTHERS = {"equilibrated": ("equilibrated/README.md", "equilibrated/figure.png"),  # their table and figure
           "shapes": ("shapes/table.md", "shapes/figure.png"),
-          "norms": ("norms/table.md", ""), "lengths": ("lengths/table.md", ""),
+          "norms": ("norms/table.md", ""), "lengths": ("lengths/table.md", "lengths/figure.png"),
           "isoflop": ("isoflop/table.md", "isoflop/gap.png"),
           "parametric": ("parametric/table.md", "isoflop/figure8.png"),
           "geometry": ("geometry/README.md", "geometry/spectra.png"), "table4": ("table4/table.md", "")}
