@@ -16,8 +16,8 @@ from baselines.equilibrated import equilibrate
 from lib.checkpoints import load_checkpoint, load_model
 from lib.cli import Parser, command
 from lib.methods import block_matrices
-from paper import draw, runs
-from paper.experiments import SAID, gap, outcomes_of
+from paper import draw, runs, tuned
+from paper.experiments import SAID, gap, mean_and_half, outcomes_of
 from paper.output import markdown, read_json, save, write, write_json
 from paper.runs import RESULTS
 from paper.tables import gap_cells, prepare, report
@@ -41,19 +41,34 @@ def table(found: dict) -> str:
     return markdown(head, rows)
 
 
+def tuned_gaps() -> dict[str, tuple]:
+    """label -> (mean, half of the 95% interval) of equilibrated minus not, both tuned."""
+    found = {}
+    for label, even, plain in (("tuned", "equilibrated", "spectron"),
+                               ("tuned, Muon", "equilibrated-muon", "orthogonalize")):
+        for scale in tuned.SHORT, tuned.LONG:
+            gaps = tuned.above(tuned.of_length(scale, even), tuned.of_length(scale, plain))
+            found[f"{label}, {scale.steps} steps"] = mean_and_half(gaps)
+    return found
+
+
 def figure(found: dict):
     """Left, the differences; right, the learning-rate curves over Spectron's best loss in each setting."""
     fig, (left, right) = draw.panels(2, 10.5, width_ratios=[1, 1.3])
+    further = tuned_gaps()
     for row, (label, (plain, even)) in enumerate(found.items()):
         difference, interval, _ = gap(plain, even)
         left.errorbar(difference, row, xerr=interval or 0, color=draw.COLOURS[row], marker="o", capsize=3)
         for o, line in (plain, "--"), (even, "-"):
             shown = [(lr, loss - plain.grid[plain.lr]) for lr, loss in o.grid.items() if loss is not None]
             right.plot(*zip(*shown), color=draw.COLOURS[row], ls=line, marker="os^vD"[row], ms=4, lw=1.5)
+    for row, (difference, interval) in enumerate(further.values(), len(found)):
+        left.errorbar(difference, row, xerr=interval, color=draw.BLACK, marker="o", capsize=3)
     left.axvline(0, color="0.5", lw=0.8)
-    left.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.4, -0.6),
-             xlabel="equilibrated minus Spectron (nats per byte)\nmean and 95% interval")
-    for label, colour in zip(left.get_yticklabels(), draw.COLOURS):
+    labels = [*found, *further]
+    left.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6),
+             xlabel="equilibrated minus not (nats per byte)\nmean and 95% interval")
+    for label, colour in zip(left.get_yticklabels(), draw.COLOURS[:len(found)]):
         label.set_color(colour)
     right.set(xscale="log", ylim=(-0.12, 0.4), xlabel="learning rate (solid: equilibrated, dashed: Spectron)",
               ylabel="final loss above Spectron's best")
@@ -143,7 +158,7 @@ def everywhere(again: bool = False) -> None:
           f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n"
           + Path(__file__).with_name("ideas.md").read_text("utf-8"))
     save(figure(found), WHERE / "figure.png", SAID["equilibrated"]["message"],
-         "Size nano where not said; the colours are those of the settings at the left")
+         "Size nano and adam_lr 3e-3 where not said; the colours are those of the settings at the left")
     if again or not (WHERE / "rows.json").is_file():
         write_json(WHERE / "rows.json", measure(Path("out/paper/rows")))
     records = read_json(WHERE / "rows.json")
