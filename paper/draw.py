@@ -210,12 +210,16 @@ def loss_over_lr_of_shapes(curves: dict):
 def over_spectron(gaps: dict):
     """A row for each method, from label -> steps -> (mean, half the 95% interval) of a difference."""
     fig, (ax,) = panels(1, 8, 1.3 + 0.42 * len(gaps))
-    for row, by_steps in enumerate(gaps.values()):
-        for i, (steps, (mean, half)) in enumerate(by_steps.items()):
-            ax.errorbar(mean, row + 0.22 * (i - 1), xerr=half, fmt="osD"[i], ms=5, capsize=3,
-                        color=(SKY, BLUE, BLACK)[i], label=f"{steps:,} steps")
+    rows = sorted(gaps, key=lambda label: next(iter(gaps[label].values())))
+    looks = dict(zip(sorted({steps for by_steps in gaps.values() for steps in by_steps}),
+                     ((SKY, "o"), (BLUE, "s"), (BLACK, "D"))))
+    for row, label in enumerate(rows):
+        for i, (steps, (mean, half)) in enumerate(gaps[label].items()):
+            colour, marker = looks[steps]
+            ax.errorbar(mean, row + 0.22 * (i - (len(gaps[label]) - 1) / 2), xerr=half, color=colour,
+                        fmt=marker, ms=5, capsize=3, label=f"{steps:,} steps")
     ax.axvline(0, color="0.5", lw=0.8)
-    ax.set(yticks=range(len(gaps)), yticklabels=[*gaps], ylim=(len(gaps) - 0.4, -0.6),
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6),
            xlabel="final loss minus Spectron's (nats per byte; mean and 95% interval)")
     return fig
 

@@ -44,8 +44,8 @@ def table(found: dict) -> str:
 def tuned_gaps() -> dict[str, tuple]:
     """label -> (mean, half of the 95% interval) of equilibrated minus not, both tuned."""
     found = {}
-    for label, even, plain in (("tuned", "equilibrated", "spectron"),
-                               ("tuned, Muon", "equilibrated-muon", "orthogonalize")):
+    for label, even, plain in (("Spectron tuned", "equilibrated", "spectron"),
+                               ("Muon tuned", "equilibrated-muon", "orthogonalize")):
         for scale in tuned.SHORT, tuned.LONG:
             gaps = tuned.above(tuned.of_length(scale, even), tuned.of_length(scale, plain))
             found[f"{label}, {scale.steps} steps"] = mean_and_half(gaps)
@@ -158,7 +158,7 @@ def everywhere(again: bool = False) -> None:
           f"equilibrated`\n\n{table(found)}\n![figure](figure.png)\n\n"
           + Path(__file__).with_name("ideas.md").read_text("utf-8"))
     save(figure(found), WHERE / "figure.png", SAID["equilibrated"]["message"],
-         "Size nano and adam_lr 3e-3 where not said; the colours are those of the settings at the left")
+         "Size nano and adam_lr 3e-3 where not said; coloured: the settings at the left")
     if again or not (WHERE / "rows.json").is_file():
         write_json(WHERE / "rows.json", measure(Path("out/paper/rows")))
     records = read_json(WHERE / "rows.json")

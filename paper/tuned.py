@@ -145,10 +145,6 @@ class Study:
         """The losses of the best point on the seeds, and the half, that it was not chosen by."""
         return [self.loss(self.search[0], seed, half=1) for seed in self.seeds]
 
-    def used(self, key: str) -> float:
-        """FLOPs or seconds of one of these runs, the median."""
-        return statistics.median(self.log(self.search[0], seed).steps[-1][key] for seed in self.seeds)
-
 
 SHAPE, SHORT, LONG, LONGER = (  # bfloat16, in which the CPU that made them does 1.5 times as many steps
     Scale({}, "nano", f"tuned-{name}", steps, 4096, "data/stdlib", lrs=1, seeds=1, halves=name != "shapes",
@@ -352,40 +348,48 @@ def length_runs(scale: Scale, methods: tuple) -> list[Run]:
     return [run for method in methods for run in of_length(scale, method).wanted()]
 
 
+def of_stages(stages: list) -> list[tuple]:
+    return [(scale, method) for scale, methods in stages for method in methods]
+
+
+def cost(per_step, method: str, scale: Scale) -> str:
+    """Of a run, over Spectron's; empty where nobody has measured it."""
+    own, first = (per_step(name, scale) for name in (method, "spectron"))
+    return f"{own * runs.steps_of(method, scale) / first / scale.steps:.2f}" if own and first else ""
+
+
 def lengths_page(stages: list) -> str:
     rows = []
-    for scale, method in [(scale, method) for scale, methods in stages for method in methods]:
+    for scale, method in of_stages(stages):
         s, first = (of_length(scale, name) for name in (method, "spectron"))
         point, _, tried = s.search
-        flops, seconds = (s.used(key) / first.used(key) for key in ("flops", "seconds"))
+        flops, seconds = (cost(of, method, scale) for of in (runs.flops_per_token, runs.seconds_per_step))
         rows.append([f"{scale.steps:,}", METHODS[method].label,
                      ", ".join(f"{k} {v:g}" for k, v in point.items()), str(tried),
                      f"{s.mean(point, s.tuning):.3f}", f"1 to {s.seeds[-1]}",
                      f"{statistics.mean(s.told()):.3f} ± {statistics.stdev(s.told()):.3f}",
-                     "" if s == first else over(scale, method), f"{flops:.2f}", f"{seconds:.2f}",
-                     *divisors(s, point)])
+                     "" if s == first else over(scale, method), flops, seconds, *divisors(s, point)])
     lengths_figure(stages)
     return ("# 200, 800 and 1,600 steps\n\nNano, steps of 4,096 tokens of the offline corpus, bfloat16. "
             "Tuned on seed 0 and the first half of the validation\ntext: after 200 steps lr, adam_lr and "
             "momentum or beta1, after 800 lr and adam_lr, after 1,600 lr, each from\nthe best of the length "
             f"before; in these, those within {NEAR} of the best also with seed 5. Losses are of other\nseeds "
             "and the other half, in nats per byte, ± a standard deviation; of a difference, seeds paired, "
-            "± the\n95% interval, without the noise of tuning. Seconds are medians, two runs side by side on "
-            "two\nCPU cores. `python -m paper.reproduce lengths`\n\n"
+            "± the\n95% interval, without the noise of tuning. Seconds are those of a step in float32, "
+            "[all methods in turn](../seconds/nano.json).\n`python -m paper.reproduce lengths`\n\n"
             + markdown(["steps", "", "tuned", "runs of the search", "loss it was tuned on", "seeds", "loss",
-                        "over Spectron's", "FLOPs", "seconds, over Spectron's", *DIVISOR], rows)
+                        "over Spectron's", "FLOPs, over Spectron's", "seconds", *DIVISOR], rows)
             + "\n![figure](figure.png)\n")
 
 
 def lengths_figure(stages: list) -> None:
     gaps = {}
-    for scale, method in [(scale, method) for scale, methods in stages for method in methods]:
+    for scale, method in of_stages(stages):
         if method != "spectron":
-            gap = mean_and_half(above(of_length(scale, method), of_length(scale, "spectron")))
-            gaps.setdefault(METHODS[method].label, {})[scale.steps] = gap
-    save(draw.over_spectron(dict(sorted(gaps.items(), key=lambda row: row[1][SHORT.steps][0]))),
-         RESULTS / "lengths" / "figure.png", SAID["lengths"]["message"],
-         "nano, steps of 4,096 tokens of the offline corpus, all tuned; other seeds and text than the tuning's")
+            found = above(of_length(scale, method), of_length(scale, "spectron"))
+            gaps.setdefault(METHODS[method].label, {})[scale.steps] = mean_and_half(found)
+    save(draw.over_spectron(gaps), RESULTS / "lengths" / "figure.png", SAID["lengths"]["message"],
+         "nano, all tuned; on other seeds and text than the tuning's, whose noise is left out")
 
 
 # ----------------------------------------------- All of them ------------------------------------------------

@@ -89,7 +89,7 @@ def test_each_part_makes_its_runs_and_its_page_from_nothing_and_then_none(made_u
     tuned.main([name, "--make"])
     page = (tuned.RESULTS / name / "table.md").read_text("utf-8")
     assert f"`python -m paper.reproduce {name}`" in page.replace("\n", " ")
-    assert "3.00, 3.50, 4.00" in page and "None" not in page and "nan" not in page
+    assert "3.00, 3.50, 4.00" in page and "None" not in page and " nan " not in page
     assert " 0 runs" in tuned.plan(name, 1e10).splitlines()[-1]
     if name == "lengths":  # tuned on seed 0 and the first half, told on the others and the second
         assert "2.625 ± 0.013" in page and page.count("| 1,600 |") == page.count("| 800 |") == 5
