@@ -415,7 +415,7 @@ def plan(name: str, rate: float) -> str:
         left = missing(scale, wanted)
         tokens = scale.tokens_per_step * scale.steps
         flops = sum(runs.flops_per_token(run.method, scale) * tokens for run in left)
-        lines.append(f"{name}, {scale.name}, {wanted.args}: {len(left)} runs, {flops:.1e} FLOPs, "
+        lines.append(f"{name}, {scale.name}, {wanted.args[-1]}: {len(left)} runs, {flops:.1e} FLOPs, "
                      f"{flops / rate / 3600:.1f} hours at {rate:.2g} FLOPs a second")
     return "\n".join(lines)
 
