@@ -2,7 +2,7 @@
 
 import torch
 
-from spectron import newton_schulz
+from spectron import Spectron, newton_schulz
 
 
 def adamw(params, lr, c, entries=()):
@@ -23,18 +23,25 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, settings)
         self.ns_dtype = ns_dtype
 
+    momentum = Spectron.momentum
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # on a GPU, which waits for each small product, matrices of one shape are one batch
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                M = self.state[p]["momentum_buffer"]
-                M.lerp_(p.grad, 1 - group["momentum"])
-                D = p.grad.lerp(M, group["momentum"]) if group["nesterov"] else M
-                O = newton_schulz(D.to(self.ns_dtype or D.dtype), group["ns_steps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(O, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                alike.setdefault(p.shape if p.is_cuda else p, []).append(p)
+            for matrices in alike.values():
+                self.update(matrices, group)
+
+    def update(self, matrices, group):
+        """One step of k matrices of one shape (m, n)."""
+        (m, n), M = matrices[0].shape, self.momentum(matrices, group)
+        O = newton_schulz(M.squeeze(0).to(self.ns_dtype or M.dtype), group["ns_steps"]).to(M.dtype)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, O.expand_as(M).unbind(), alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
 def muon(params, lr, c):

@@ -1,12 +1,13 @@
-"""One GPU, twelve minutes: speed at the paper's sizes, then a model of 14M parameters on bytes of real text.
+"""One GPU, twelve minutes: speed at the paper's sizes, then a model of 15M parameters on bytes of real text.
 
     python -m tools.prepare text imdb_train.jsonl.gz --tokenizer bytes --out data/imdb-all
     python -m paper.one_gpu              prints its plan; each result is a line of results/one_gpu/rows.jsonl
     python -m paper.one_gpu --report     table.md, from the lines that are there
     python -m paper.one_gpu --tiny       all of it at a tiny size on a CPU, in a minute
 
-What has a line is not made again, and what would end after --minutes is left out: it is safe to stop, and the
-same command goes on. Without a network; everything runs in this process, in bf16 where the device has it.
+What has a line is not made again, what fails says so and has none, and what would end after --minutes is left
+out: it is safe to stop, and the same command goes on. Without a network; everything runs in this process, in
+bf16 where the device has it.
 """
 
 import gc
@@ -14,6 +15,7 @@ import json
 import math
 import shlex
 import time
+import traceback
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,30 +107,32 @@ ADAM_LRS = {"spectron": (3e-3, 1e-2), "orthogonalize": (1e-2, 3e-2), "dense": (3
 FIRST_STEP = {"S": 56, "M": 95, "L": 110}  # seconds in one piece, by results/bench/gpu.md and the layers
 
 
-def parts(s: Setting):
+def parts(s: Setting, lines: dict):
     """(name, about how many seconds, what makes its line from those before), the most valuable first."""
     S, M, L = s.sizes
-    for size, beside in (L, True), (M, False):
-        yield from bench(s, size, beside)
+
+    def run(name, method, *args, **kwargs):
+        of = lines.get("steps")
+        about = 8 + (of["steps"] * of["seconds"][method] if of else s.seconds)
+        return f"run {method} {name}", about, partial(trained, s, method, *args, **kwargs)
+    rates = [[run(f"{lr:g}", method, lr) for method, lr in zip(LRS, lrs)] for lrs in zip(*LRS.values())]
+    yield from [*bench(s, L), *bench(s, M)]
     yield "steps", 60, partial(speeds, s)
-    for lrs in zip(*LRS.values()):
-        for method, lr in zip(LRS, lrs):
-            yield f"run {method} {lr:g}", 1.3 * s.seconds, partial(trained, s, method, lr)
-    for method in "dense", "adamw":
-        yield f"run {method} seconds", 1.3 * s.seconds, partial(trained, s, method, None, seconds=True)
-    yield from bench(s, S, True)
-    for method, (_, other) in ADAM_LRS.items():
-        yield f"run {method} adam_lr", 1.3 * s.seconds, partial(trained, s, method, None, other)
+    yield from sum(rates[:2], [])
+    yield from [run("seconds", method, None, seconds=True) for method in ("dense", "adamw")]
+    yield from bench(s, S)
+    yield from sum(rates[2:], [])
+    yield from [run("adam_lr", method, None, other) for method, (_, other) in ADAM_LRS.items()]
     for size, whole in (L, S), (M, M), (S, L):
         for method in "spectron", "dense":
             yield (f"speed {size} {method} in one piece", FIRST_STEP.get(size, 10) + 10,
                    partial(speed, s, size, method, False, True))
 
 
-def bench(s: Setting, size, beside):
-    for method, together in [("spectron", False), ("dense", False), ("spectron", True)][:2 + beside]:
-        yield (f"speed {size} {method}" + " side by side" * together, 25,
-               partial(speed, s, size, method, together, False))
+def bench(s: Setting, size):
+    for method, beside in ("spectron", False), ("dense", False), ("spectron", True):
+        yield (f"speed {size} {method}" + " side by side" * beside, 30,
+               partial(speed, s, size, method, beside, False))
 
 
 def speed(s: Setting, size, method, beside, whole, lines) -> dict:
@@ -253,33 +257,48 @@ def read(path: Path) -> dict[str, dict]:
 
 
 def make(s: Setting, where: Path, minutes: float) -> None:
-    path, started = where / "rows.jsonl", time.monotonic()
+    path, started, before, failed = where / "rows.jsonl", time.monotonic(), "", []
     lines = read(path)
-    todo = [part for part in parts(s) if part[0] not in lines]
+    todo = [part for part in parts(s, lines) if part[0] not in lines]
     print(f"{len(lines)} lines are there. To do, in this order, as far as {minutes:g} minutes reach:\n"
           + "\n".join(f"  about {seconds:4.0f} s  {name}" for name, seconds, _ in todo), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, seconds, part in todo:
+    for name, *_ in todo:
+        seconds, part = next(rest for same, *rest in parts(s, lines) if same == name)  # by now measured
         late = time.monotonic() - started + seconds > 60 * minutes
         if late or name.startswith("run") and "steps" not in lines:
             print(f"left out: {name}", flush=True)
             continue
-        if name.startswith("speed"):
-            torch.compiler.reset()  # the runs share what was compiled
+        if not (name.startswith("run") and before.startswith(("run", "steps"))):
+            torch.compiler.reset()  # those share what was compiled
         free()
-        begun = time.monotonic()
-        lines[name] = {"name": name, **part(lines=lines), "took": round(time.monotonic() - begun, 1),
+        before, begun = name, time.monotonic()
+        try:
+            made = part(lines=lines)
+        except Exception:  # whatever it is, the others can still be made
+            print(f"{name} failed: {traceback.format_exc()}", flush=True)
+            failed.append(name)
+            continue
+        lines[name] = {"name": name, **made, "took": round(time.monotonic() - begun, 1),
                        **machine.provenance()}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n" * bool(file.tell() and not path.read_text("utf-8").endswith("\n"))
-                       + json.dumps(lines[name]) + "\n")
+        add(path, lines[name])
+        write(where / "table.md", page(lines))
         print(f"{lines[name]['took']:6.1f} s  {name}: " + ", ".join(
             f"{key} {lines[name][key]:.4g}" for key in ("tokens/s", "MFU", "memory", "steps", "val_loss")
             if isinstance(lines[name].get(key), int | float)), flush=True)
+    if failed:
+        raise UserError(f"failed, as printed above: {', '.join(failed)}. The same command tries them again")
+
+
+def add(path: Path, line: dict) -> None:
+    """On a line of its own, also after one that a kill has cut."""
+    with open(path, "a", encoding="utf-8") as file:
+        cut = file.tell() and not path.read_text("utf-8").endswith("\n")
+        file.write("\n" * bool(cut) + json.dumps(line) + "\n")
 
 
 def page(lines: dict) -> str:
-    """The table of speeds, each beside the one that it is compared with; and that of the runs."""
+    """The table of speeds, each beside the one that it is compared with; and those of the runs."""
     def cell(x, form):
         return "" if x is None else format(x, form)
     speeds, runs = ([x for name, x in lines.items() if name.startswith(kind)] for kind in ("speed", "run"))
@@ -293,18 +312,23 @@ def page(lines: dict) -> str:
                      f"{x['first step']:.0f}",
                      f"{ratio:.2f} of {other.removeprefix('speed ')}" if ratio else "",
                      f"{x['spread']:.1%}"])
-    hardware = next(iter(lines.values()))["hardware"]
-    text = (f"# One GPU\n\n{hardware['gpu'] or hardware['cpu']}. `python -m paper.one_gpu`\n\n" + markdown(
+    hardware = dict.fromkeys(x["hardware"]["gpu"] or x["hardware"]["cpu"] for x in lines.values())
+    text = (f"# One GPU\n\n{', '.join(hardware)}. `python -m paper.one_gpu`\n\n" + markdown(
         ["compiled block by block where not said", "sequences", "tokens/s", "MFU", "memory (GB)",
          "optimizers' share", "first step after (s)", "speed, as a multiple",
          "half of its timings lie within"], rows))
+    if of := lines.get("steps"):
+        text += "\nThe model of the runs, in turn:\n\n" + markdown(
+            ["method", "parameters", "seconds of a step", "MFU"],
+            [[NAMES[m], f"{of['parameters'][m]:,}", f"{of['seconds'][m]:.4f}", cell(of["MFU"][m], ".1%")]
+             for m in METHODS])
     rows = [[NAMES[x["method"]], f"{x['lr']:g}", f"{x['adam_lr']:g}", x["equal"], f"{x['steps']:,}",
              f"{x['tokens'] / 1e6:,.1f}M", f"{x['seconds']:.1f}", cell(x["val_loss"], ".4f") or "diverged",
-             cell(x["bits_per_byte"], ".4f"), ", ".join(f"{d:.2f}" for d in x["divisor"] or [])]
-            for x in runs]
+             cell(x["bits_per_byte"], ".4f"), cell(x["memory"], ".1f"),
+             ", ".join(f"{d:.2f}" for d in x["divisor"] or [])] for x in runs]
     return text + "\nOne seed: less than 0.03 between two runs means nothing.\n\n" + markdown(
         ["method", "lr", "adam_lr", "equal", "steps", "tokens", "seconds", "validation loss (nats)",
-         "bits per byte", "‖A‖ + ‖B‖ + 1 at the end: smallest, median, largest"], rows)
+         "bits per byte", "memory (GB)", "‖A‖ + ‖B‖ + 1 at the end: smallest, median, largest"], rows)
 
 
 @command
@@ -312,22 +336,23 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--minutes", type=number(), default=12, help="after which nothing is begun (12)")
     parser.add_argument("--data", help="token shards, bytes (data/imdb-all; with --tiny data/stdlib)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "one_gpu", help="directory (results/one_gpu)")
+    parser.add_argument("--out", type=Path, help="directory (results/one_gpu; with --tiny out/one_gpu-tiny)")
     parser.add_argument("--report", action="store_true", help="write table.md alone")
     parser.add_argument("--tiny", action="store_true", help="everything at a tiny size, on a CPU")
     args = parser.parse_args(argv)
-    setting, where = (TINY, "data/stdlib") if args.tiny else (REAL, "data/imdb-all")
-    where = args.data or where
+    setting, where, out = ((TINY, "data/stdlib", Path("out/one_gpu-tiny")) if args.tiny else
+                           (REAL, "data/imdb-all", RESULTS / "one_gpu"))
+    where, out = args.data or where, args.out or out
     if not args.report:
         if not args.tiny and not torch.cuda.is_available():
             raise UserError(f"torch {torch.__version__} finds no CUDA device; --tiny tries it all on a CPU")
         data.open_split(where, "val", 512, "bytes")  # or the message that says how it is made
         made = replace(setting, trained=f"{setting.trained} --data {shlex.quote(where)}")
-        make(made, args.out, args.minutes)
-    if not (lines := read(args.out / "rows.jsonl")):
-        raise UserError(f"{args.out}/rows.jsonl has no result: python -m paper.one_gpu, where there is a GPU")
-    write(args.out / "table.md", page(lines))
-    print(f"{args.out}/table.md")
+        make(made, out, args.minutes)
+    if not (lines := read(out / "rows.jsonl")):
+        raise UserError(f"{out}/rows.jsonl has no result: python -m paper.one_gpu, where there is a GPU")
+    write(out / "table.md", page(lines))
+    print(f"{out}/table.md")
 
 
 if __name__ == "__main__":

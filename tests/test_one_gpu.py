@@ -44,7 +44,7 @@ def test_a_variant_has_the_loss_and_the_gradients_of_the_model(how):
 
 def test_each_result_is_a_line_and_the_page_has_them_all(made):
     rows = {row["name"]: row for row in lines(made)}
-    assert len(rows) == 5 + 1 + (4 + 2) + 3 + 4 + 6 and [*rows][5] == "steps"
+    assert len(rows) == 6 + 1 + (4 + 2) + 3 + 4 + 6 and [*rows][6] == "steps"
     for name, row in rows.items():
         assert row["hardware"]["cpu"] and row["took"] >= 0 and row.get("tokens/s", 1) > 0
         if name.startswith("run"):
@@ -54,7 +54,7 @@ def test_each_result_is_a_line_and_the_page_has_them_all(made):
     assert other["steps"] == round(equal["steps"] * of["spectron"] / of["dense"]) and other["lr"] == 0.02
     assert [rows[f"run spectron {x}"]["adam_lr"] for x in ("0.1", "adam_lr")] == [0.003, 0.01]
     page = (made / "table.md").read_text("utf-8")
-    assert page.count("\n| ") == 1 + 14 + 1 + 10 + 2 and "side by side" in page
+    assert page.count("\n| ") == (1 + 15) + (1 + 4) + (1 + 10) + 3 and "side by side" in page
 
 
 def test_the_best_learning_rate_is_that_of_the_runs_that_are_there():
@@ -77,8 +77,29 @@ def test_it_goes_on_after_a_stop_and_with_a_line_that_was_cut(made, corpus, tmp_
 def test_what_does_not_fit_into_the_minutes_is_left_out(corpus, tmp_path, capsys):
     """And a run needs the line that says how many steps it has."""
     one_gpu.make(one_gpu.TINY, tmp_path, 2 / 60)
-    assert capsys.readouterr().out.count("left out") == len([*one_gpu.parts(one_gpu.TINY)])
+    assert capsys.readouterr().out.count("left out") == len([*one_gpu.parts(one_gpu.TINY, {})])
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_what_fails_does_not_stop_the_others(monkeypatch, corpus, tmp_path, capsys):
+    def broken(*args):
+        raise RuntimeError("no kernel")
+    monkeypatch.setattr(one_gpu, "side_by_side", broken)
+    monkeypatch.setattr(one_gpu, "speeds", broken)
+    with pytest.raises(SystemExit, match="2"):
+        one_gpu.main(["--tiny", "--data", str(corpus), "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "RuntimeError: no kernel" in out and "tries them again" in err
+    assert [*one_gpu.read(tmp_path / "rows.jsonl")] == [
+        name for name, *_ in one_gpu.parts(one_gpu.TINY, {})
+        if name.startswith("speed") and "side by side" not in name]
+    assert (tmp_path / "table.md").is_file()
+
+
+def test_what_a_run_takes_is_what_was_measured():
+    about = {name: seconds for name, seconds, _ in one_gpu.parts(one_gpu.REAL, {"steps": {
+        "steps": 100, "seconds": {"spectron": 0.2, "orthogonalize": 0.2, "adamw": 0.1, "dense": 0.5}}})}
+    assert about["run dense 0.02"] == 8 + 50 and about["run spectron 0.1"] == 8 + 20
 
 
 def test_without_a_gpu_or_a_result_it_says_what_to_do(fails, monkeypatch, tmp_path):

@@ -505,6 +505,23 @@ def test_muon_is_torchs_muon_up_to_the_rounding_of_its_products(shape, nesterov)
     assert (ours - theirs).norm() < 0.02 * (ours - start).norm()  # theirs is rounded to 8 bits
 
 
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+def test_muon_moves_a_batch_of_matrices_as_it_moves_each(shape):
+    """A batch is what it makes on a GPU."""
+    each, batch = ([torch.nn.Parameter(torch.randn(shape)) for _ in range(3)] for _ in range(2))
+    one, other = (Muon(p, lr=0.1, momentum=0.9, nesterov=True, ns_steps=5, weight_decay=0.1)
+                  for p in (each, batch))
+    for p, q in zip(each, batch):
+        q.data.copy_(p.data)
+        p.grad = torch.randn(shape)
+        q.grad = p.grad.clone()
+        other.state[q]["momentum_buffer"] = torch.zeros(shape)
+    one.step()
+    with torch.no_grad():
+        other.update(batch, other.param_groups[0])
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(each, batch))
+
+
 # ------------------------------------------ Plans, scores, figures ------------------------------------------
 
 def test_a_dry_run_trains_nothing(capsys, tmp_path, monkeypatch):
