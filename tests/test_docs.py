@@ -74,7 +74,7 @@ def test_the_losses_of_equilibrated_are_the_logs():
         assert plain.lr == even.lr == (0.1 if scale.steps == 800 else 0.2)
         rows[label] = f"| {len(plain.losses)} | {plain} | {even} | {change(plain, even)} |"
         ends.append([even.by_seed[seed] - plain.by_seed[seed] for seed in plain.by_seed])
-    says("docs/EQUILIBRATED.md", *rows.values(), "all 18 pairs", "at 800 four of five")
+    says("docs/EQUILIBRATED.md", *rows.values(), "untuned, all 18 at 200 steps, four of five at 800;")
     assert [sum(x > 0 for x in each) for each in ends] == [0, 0, 0, 0, 1] and sum(map(len, ends[:4])) == 18
 
 
@@ -97,7 +97,7 @@ def test_what_stands_beside_equilibrated_is_the_logs():
     assert gained == {200: (6, 8), 800: (4, 4)}
     says("docs/EQUILIBRATED.md", f"at `adam_lr` 3e-3: in the first by {untuned}, but by {by[200]} with all "
          f"tuned. After 800 it is {by[800]} tuned, and unresolved untuned.",
-         "tuned Spectron, six of eight, and at 800 all four.",
+         "tuned Spectron, six of eight, all four.",
          f"`times=2`: {outcome('equilibrated-2', FIVE)} (five seeds",
          f"the factors, equilibrated, ends {below[200]} below Spectron, equilibrated "
          f"(untuned {change(*equilibrated_both)[1:]}), and after 800 steps {below[800]}",

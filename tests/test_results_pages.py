@@ -6,6 +6,7 @@ import statistics
 
 from conftest import ROOT
 from paper import geometry, logs
+from paper.experiments import outcome
 from paper.runs import scale_of, steps_of
 from test_numbers import hold
 
@@ -36,7 +37,7 @@ def test_scaling_says_what_its_tables_say():
     assert len(swept) == 56 and statistics.mode(best) == 3
     page = (ROOT / "results/isoflop/table.md").read_text("utf-8")
     differences = re.search(r"minus dense: (.*) \((.*)\) by parabolas, (.*) \((.*)\) by the parametric", page)
-    passages = []
+    passages, later = [], scale_of("nano", steps=800, lrs=1)
     for low, dense, (budget, gap, interval) in zip(low_optima, dense_optima, gaps):
         sizes = (f"{float(row[3][:-1].replace(',', '')):.0f}k" for row in (low, dense))
         cells = [f"{float(budget):.1e}".replace("e+", "e"), *sizes, f"{gap} ({interval})".replace("-", MINUS)]
@@ -54,9 +55,11 @@ def test_scaling_says_what_its_tables_say():
          *map(float, all_0003[:2]), *extremes(all_0003[2:])),
         ("values are {} to {}, mostly 0.03", grid[min(best)], grid[max(best)]),
         ("by up to {:.2f} nats", max(row[1] - min(row) for row in swept)),
-        ("At nano that instead of 0.7 costs Spectron {:.3f}, dense {:.3f}.",
+        ("After 200 steps of nano that instead of 0.7 costs Spectron {:.3f}, dense {:.3f} (seed 0), and "
+         "after 800 Spectron {:.3f}.",
          tuned_on("spectron-adam0.1-momentum0.9-lr0.1") - tuned_on("spectron-adam0.1-lr0.1"),
-         tuned_on("dense-momentum0.9-lr0.05") - tuned_on("dense-lr0.05"))]
+         tuned_on("dense-momentum0.9-lr0.05") - tuned_on("dense-lr0.05"),
+         outcome("spectron-momentum0.9", later).by_seed[0] - outcome("spectron", later).by_seed[0])]
     for kind, *found in zip(("low-rank, Spectron", "dense, Muon"), *exponents.values()):
         passages.append((f"| {kind} | {' | '.join(f'{row[1]} ({row[2]})' for row in found)} |",))
         assert all(float(row[1]) < 0.5 for row in found)
