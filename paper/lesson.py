@@ -432,7 +432,7 @@ def sentences() -> list[str]:
     no_one, spectron_again = mean_and_sd("no1-lr0.1", NO_ONE), mean_and_sd("spectron-lr0.2", RUNS)
     signs = read_json(PICTURES / "sign.json")
     lrs = {name: best_lrs(name) for name in ("spectron", "orthogonalize", "adamw")}
-    both = tuned.SHORT, tuned.LONG
+    lengths = tuned.SHORT, tuned.LONG, tuned.LONGER
     return [
         f"saves {percent(cost['parameters'])} of the parameters, {percent(cost['flops'])} of the FLOPs and "
         f"{percent(cost['seconds'])} of the time of a step",
@@ -451,10 +451,11 @@ def sentences() -> list[str]:
         f"gauge is {low_0:.2f} to {high_0:.2f}, instead of {low:.2f} to {high:.2f}",
         f"{no_one} without the + 1, at its best learning rate of 0.1, against {spectron_again} "
         "(± is a standard deviation over three seeds)",
-        "Muon on the factors minus Spectron is {}, after 800 steps {} (95% intervals".format(
-            *(tuned.over(scale, "orthogonalize").replace("-", "−") for scale in both)),
+        "Muon on the factors minus Spectron is {}, after 800 steps {}, after 1,600 {} (95% intervals".format(
+            *(tuned.over(scale, "orthogonalize").replace("-", "−") for scale in lengths)),
         "it is {} and {}: there the division may cost".format(
-            *(tuned.over(scale, "equilibrated-muon", "equilibrated").replace("-", "−") for scale in both)),
+            *(tuned.over(scale, "equilibrated-muon", "equilibrated").replace("-", "−")
+              for scale in lengths[:2])),
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
         "that sum is {:.1f} to {:.1f}".format(*parted_divisors()),
