@@ -340,8 +340,9 @@ def of_length(scale: Scale, method: str) -> Study:
 
 
 def over(scale: Scale, method: str, other: str = "spectron") -> str:
-    """How much higher it ends, with the 95% interval."""
-    return interval(above(of_length(scale, method), of_length(scale, other)))
+    """How much higher it ends, with the 95% interval; empty where a run is missing."""
+    both = of_length(scale, method), of_length(scale, other)
+    return "" if any(None in study.told() for study in both) else interval(above(*both))
 
 
 def length_runs(scale: Scale, methods: tuple) -> list[Run]:
@@ -397,7 +398,7 @@ def lengths_figure(stages: list) -> None:
 STAGES = [(SHORT, ("spectron", "dense-flops")), (SHORT, ("orthogonalize", "dense")),
           (SHORT, ("equilibrated", "equilibrated-muon", "adamw")),
           *((scale, methods) for scale in (LONG, LONGER) for methods in (
-              ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense",)))]
+              ("spectron", "orthogonalize"), ("equilibrated",), ("equilibrated-muon",), ("dense",)))]
 PARTS = {  # name -> (what each stage is about -> its scale and what says which runs it needs now; the page)
     "shapes": ({method: (SHAPE, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
     "norms": ({setting: (SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")}, norms_page),
