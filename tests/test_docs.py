@@ -78,33 +78,24 @@ def test_the_losses_of_equilibrated_are_the_logs():
     assert [sum(x > 0 for x in each) for each in ends] == [0, 0, 0, 0, 1] and sum(map(len, ends[:4])) == 18
 
 
-def tuned_row(scale, plain: str, equilibrated: str) -> str:
-    losses = [tuned.of_length(scale, name).told() for name in (plain, equilibrated)]
-    ends = " | ".join(f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in losses)
-    return f"{len(losses[0])} | {ends} | {tuned.over(scale, equilibrated, plain)} |"
-
-
 def test_what_stands_beside_equilibrated_is_the_logs():
     untuned = change(outcome("spectron", FIVE), outcome("equilibrated", FIVE))[1:].split()[0]
-    both, muons = ("spectron", "equilibrated"), ("orthogonalize", "equilibrated-muon")
-    equilibrated_both = outcome("equilibrated", FIVE), outcome("equilibrated-muon", FIVE)
-    by, below, gained = {}, {}, {}
-    for scale in tuned.SHORT, tuned.LONG:
-        by[scale.steps] = tuned.over(scale, "equilibrated")[1:].split()[0]
-        below[scale.steps] = tuned.over(scale, "equilibrated-muon", "equilibrated")[1:]
+    muon = change(outcome("equilibrated", FIVE), outcome("equilibrated-muon", FIVE))[1:]
+    lengths, gained = (tuned.SHORT, tuned.LONG, tuned.LONGER), []
+    for scale in lengths:
         gaps = tuned.above(tuned.of_length(scale, "equilibrated"), tuned.of_length(scale, "spectron"))
-        gained[scale.steps] = sum(x < 0 for x in gaps), len(gaps)
-    assert gained == {200: (6, 8), 800: (4, 4)}
-    says("docs/EQUILIBRATED.md", f"at `adam_lr` 3e-3: in the first by {untuned}, but by {by[200]} with all "
-         f"tuned. After 800 it is {by[800]} tuned, and unresolved untuned.",
-         "tuned Spectron, six of eight, all four.",
+        gained.append((sum(x < 0 for x in gaps), len(gaps)))
+    assert gained == [(6, 8), (4, 4), (4, 4)]
+    by = [tuned.over(scale, "equilibrated")[1:].split()[0] for scale in lengths]
+    says("docs/EQUILIBRATED.md", "at `adam_lr` 3e-3: in the first by {}, but by {} with all tuned. After 800 "
+         "it is {} tuned and unresolved untuned, after 1,600 {} tuned.".format(untuned, *by),
+         "tuned Spectron, six of eight, then all.",
          f"`times=2`: {outcome('equilibrated-2', FIVE)} (five seeds",
-         f"the factors, equilibrated, ends {below[200]} below Spectron, equilibrated "
-         f"(untuned {change(*equilibrated_both)[1:]}), and after 800 steps {below[800]}",
-         f"| first row, tuned | {tuned_row(tuned.SHORT, *both)}",
-         f"| the same, Muon | {tuned_row(tuned.SHORT, *muons)}",
-         f"| 800 steps, tuned | {tuned_row(tuned.LONG, *both)}",
-         f"| the same, Muon | {tuned_row(tuned.LONG, *muons)}")
+         f"Untuned, equilibrated Muon ends {muon} below equilibrated Spectron",
+         *(f"|{row}|" + "|".join(tuned.over(scale, *pair) for scale in lengths) + "|" for row, pair in {
+             "Spectron: equilibrated minus plain": ("equilibrated", "spectron"),
+             "Muon on the factors: equilibrated minus plain": ("equilibrated-muon", "orthogonalize"),
+             "equilibrated: Muon minus Spectron": ("equilibrated-muon", "equilibrated")}.items()))
 
 
 def test_the_note_on_adam_lr_names_the_best_that_is_at_an_edge():
