@@ -453,9 +453,9 @@ def sentences() -> list[str]:
         "(± is a standard deviation over three seeds)",
         "Muon on the factors minus Spectron is {}, after 800 steps {}, after 1,600 {} (95% intervals".format(
             *(tuned.over(scale, "orthogonalize").replace("-", "−") for scale in lengths)),
-        "it is {} and {}: there the division may cost".format(
+        "it is {}, {} and {}: there the division costs at first".format(
             *(tuned.over(scale, "equilibrated-muon", "equilibrated").replace("-", "−")
-              for scale in lengths[:2])),
+              for scale in lengths)),
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
         "that sum is {:.1f} to {:.1f}".format(*parted_divisors()),
