@@ -47,9 +47,8 @@ def tuned_gaps() -> dict[str, tuple]:
     for label, even, plain in (("Spectron tuned", "equilibrated", "spectron"),
                                ("Muon tuned", "equilibrated-muon", "orthogonalize")):
         for scale in tuned.SHORT, tuned.LONG, tuned.LONGER:
-            if tuned.over(scale, even, plain):
-                gaps = tuned.above(tuned.of_length(scale, even), tuned.of_length(scale, plain))
-                found[f"{label}, {scale.steps:,} steps"] = mean_and_half(gaps)
+            gaps = tuned.above(tuned.of_length(scale, even), tuned.of_length(scale, plain))
+            found[f"{label}, {scale.steps:,} steps"] = mean_and_half(gaps)
     return found
 
 

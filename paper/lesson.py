@@ -459,7 +459,7 @@ def sentences() -> list[str]:
         "Muon on the factors ends {} ± {} below Spectron".format(
             *tuned.over_spectron_of_shapes("orthogonalize").removeprefix("-").split(" ± ")),
         "that sum is {:.1f} to {:.1f}".format(*parted_divisors()),
-        "Muon on the factors ends {} above Spectron, which loses {:.2f} itself".format(
+        "Muon on the factors ends {} above Spectron, itself {:.2f} higher".format(
             tuned.parted("unbalanced").removeprefix("+"), lost_from_an_unbalanced_start()),
         "rank ratio of 1/16 it costs {}".format(tuned.parted("thin").removeprefix("-")),
         *(f"|{name}|" + "|".join(f"{loss:.3f}" for loss in signs[key].values())

@@ -334,7 +334,7 @@ def page(lines: dict) -> str:
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--minutes", type=number(), default=12, help="after which nothing is begun (12)")
+    parser.add_argument("--minutes", type=number(), default=12, help="what would end later is left out (12)")
     parser.add_argument("--data", help="token shards, bytes (data/imdb-all; with --tiny data/stdlib)")
     parser.add_argument("--out", type=Path, help="directory (results/one_gpu; with --tiny out/one_gpu-tiny)")
     parser.add_argument("--report", action="store_true", help="write table.md alone")

@@ -88,7 +88,7 @@ def test_what_stands_beside_equilibrated_is_the_logs():
     assert gained == [(6, 8), (4, 4), (4, 4)]
     by = [tuned.over(scale, "equilibrated")[1:].split()[0] for scale in lengths]
     says("docs/EQUILIBRATED.md", "at `adam_lr` 3e-3: in the first by {}, but by {} with all tuned. After 800 "
-         "it is {} tuned and unresolved untuned, after 1,600 {} tuned.".format(untuned, *by),
+         "it is {} tuned (unresolved untuned), and {} after 1,600.".format(untuned, *by),
          "tuned Spectron, six of eight, then all.",
          f"`times=2`: {outcome('equilibrated-2', FIVE)} (five seeds",
          f"Untuned, equilibrated Muon ends {muon} below equilibrated Spectron",
