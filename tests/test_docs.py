@@ -20,7 +20,7 @@ from lib.methods import count_parameters
 from model import SIZES
 from paper import equilibrated, logs, runs, tuned
 from paper.methods import ADAM_LRS
-from paper.experiments import PAPER, gap, outcome
+from paper.experiments import PAPER, gap, mean_and_half, outcome
 from paper.output import read_json
 from paper.runs import Run, log_of, scale_of
 from spectron import Spectron
@@ -86,9 +86,11 @@ def test_what_stands_beside_equilibrated_is_the_logs():
         gaps = tuned.above(tuned.of_length(scale, "equilibrated"), tuned.of_length(scale, "spectron"))
         gained.append((sum(x < 0 for x in gaps), len(gaps)))
     assert gained == [(6, 8), (4, 4), (4, 4)]
-    by = [tuned.over(scale, "equilibrated")[1:].split()[0] for scale in lengths]
+    by = [tuned.over(scale, "equilibrated")[1:].split()[0] for scale in lengths[:2]]
+    mean, half = mean_and_half(gaps)  # after 1,600
+    assert abs(mean) < half
     says("docs/EQUILIBRATED.md", "at `adam_lr` 3e-3: in the first by {}, but by {} with all tuned. After 800 "
-         "it is {} tuned (unresolved untuned), and {} after 1,600.".format(untuned, *by),
+         "it is {} tuned (unresolved untuned); after 1,600 nothing can be shown.".format(untuned, *by),
          "tuned Spectron, six of eight, then all.",
          f"`times=2`: {outcome('equilibrated-2', FIVE)} (five seeds",
          f"Untuned, equilibrated Muon ends {muon} below equilibrated Spectron",
