@@ -330,8 +330,8 @@ SEEDS = {200: range(1, 9), 800: range(1, 5), 1600: range(1, 5)}  # by steps
 
 
 def of_length(scale: Scale, method: str) -> Study:
-    """A search starts from the best of the next shorter one, with fewer axes; Spectron's keeps adam_lr, which
-    one seed alone chose after 800 steps, and which is not that of the others."""
+    """A search starts from the best of the next shorter one, with fewer axes; Spectron's keeps adam_lr, whose
+    best after 800 steps is not that of the others."""
     axes, start = STARTS[method]
     study = Study(method, start, SHORT, axes, SEEDS[200])
     last = ("adam_lr", "lr") if method == "spectron" else ("lr",)
