@@ -402,7 +402,7 @@ def lengths_figure(stages: list) -> None:
 STAGES = [(SHORT, ("spectron", "dense-flops")), (SHORT, ("orthogonalize", "dense")),
           (SHORT, ("equilibrated", "equilibrated-muon", "adamw")),
           *((scale, methods) for scale in (LONG, LONGER) for methods in (
-              ("spectron", "orthogonalize"), ("equilibrated",), ("equilibrated-muon",), ("dense",)))]
+              ("spectron", "orthogonalize"), ("equilibrated", "equilibrated-muon"), ("dense",)))]
 PARTS = {  # name -> (what each stage is about -> its scale and what says which runs it needs now; the page)
     "shapes": ({method: (SHAPE, partial(shape_runs, method)) for method in SHAPED}, shapes_page),
     "norms": ({setting: (SHORT, partial(norm_runs, setting)) for setting in (*PARTING, "twice")}, norms_page),
